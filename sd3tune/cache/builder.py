@@ -1,0 +1,182 @@
+"""Encode what is missing, and hand out what is there.
+
+Groups that are encoded together are a fixed function of the plan (sorted keys, in chunks), and a group with a missing
+member is encoded whole: so a build that was killed ends bitwise as one that was not.
+
+Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from sd3tune.cache.keys import latent_key, text_key
+from sd3tune.cache.store import Store
+from sd3tune.data.buckets import Bucket, Placement, Plan
+from sd3tune.data.images import BROKEN, read_rgb
+from sd3tune.errors import DataError
+from sd3tune.records import CacheRecord
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class Text(NamedTuple):
+    """What the transformer reads of one text."""
+
+    joint_LD: Tensor
+    pooled_P: Tensor
+
+
+class TextStates(NamedTuple):
+    """What is stored of one text: D of CLIP is not padded yet."""
+
+    clip_LD: Tensor
+    t5_LD: Tensor
+    pooled_P: Tensor
+
+
+class LoadedEncoders(Protocol):
+    """Encoders in memory."""
+
+    def encode_images(self, pictures: Sequence[Image]) -> Tensor:
+        """Scaled latents B C H W of pictures of one size."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
+        """The states of each text."""
+
+
+class Encoders(Protocol):
+    """What the cache needs of the models: an identity without loading, and a scope in which they are loaded."""
+
+    @property
+    def latent_fingerprint(self) -> str:
+        """Changes when the same picture would give another latent."""
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Changes when the same text would give other states."""
+
+    def load(self) -> AbstractContextManager[LoadedEncoders]:
+        """Encoders for the duration of the block."""
+
+
+class Cache:
+    """The encoded plan. Ask by placement or by text."""
+
+    def __init__(self, plan: Plan, encoders: Encoders, *, hits: int = 0, misses: int = 0) -> None:
+        self.plan, self.hits, self.misses = plan, hits, misses
+        self._store = Store(Path(plan.cache_dir))
+        self._latent_mark, self._text_mark = encoders.latent_fingerprint, encoders.text_fingerprint
+
+    def latent(self, placement: Placement) -> Tensor:
+        """Scaled latent C H W. Raises: CacheError."""
+        key = latent_key(placement.item.pixels, placement.geometry, self._latent_mark)
+        return self._store.read("latents", key)["latent_CHW"]
+
+    def text(self, caption: str) -> Text:
+        """Joint states L D, CLIP padded to T5's width and put before it as SD3 does, and pooled P. Raises: CacheError."""
+        import torch
+
+        stored = self._store.read("texts", text_key(caption, self._text_mark))
+        clip_LD, t5_LD = stored["clip_LD"], stored["t5_LD"]
+        clip_LD = torch.nn.functional.pad(clip_LD, (0, t5_LD.shape[-1] - clip_LD.shape[-1]))
+        return Text(torch.cat([clip_LD, t5_LD]), stored["pooled_P"])
+
+
+class _Job(NamedTuple):
+    key: str
+    name: str
+    placement: Placement | None
+    text: str
+
+
+class CacheBuilder:
+    """Iterate to encode a plan: one record per entry. `build` does it in one call."""
+
+    def __init__(self, plan: Plan, encoders: Encoders) -> None:
+        self.plan, self._encoders = plan, encoders
+        self._store = Store(Path(plan.cache_dir))
+
+    def build(self) -> Cache:
+        """Encode what is missing. Raises: DataError naming every picture that cannot be decoded, after all others are done."""
+        records = list(self)
+        reused = sum(record.reused for record in records)
+        return Cache(self.plan, self._encoders, hits=reused, misses=len(records) - reused)
+
+    def __iter__(self) -> Iterator[CacheRecord]:
+        groups = [*self._text_groups(), *self._latent_groups()]
+        total, done, broken = sum(len(jobs) for _, jobs in groups), 0, list[str]()
+        for kind, jobs in groups:
+            for job in jobs:
+                if self._store.has(kind, job.key):
+                    done += 1
+                    yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=True)
+        missing = [(kind, jobs) for kind, jobs in groups if not all(self._store.has(kind, j.key) for j in jobs)]
+        if not missing:
+            return
+        with self._encoders.load() as loaded:
+            for kind, jobs in missing:
+                fresh = {job.key for job in jobs if not self._store.has(kind, job.key)}
+                if kind == "texts":
+                    tensors = [states._asdict() for states in loaded.encode_texts([job.text for job in jobs])]
+                else:
+                    jobs, pictures = self._decode(jobs, broken)
+                    tensors = [{"latent_CHW": z} for z in loaded.encode_images(pictures)] if pictures else []
+                for job, values in zip(jobs, tensors, strict=True):
+                    if job.key in fresh:
+                        self._store.write(kind, job.key, values, group=len(jobs))
+                        done += 1
+                        yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=False)
+        if broken:
+            listed = "\n  ".join(broken)
+            raise DataError(
+                f"{len(broken)} pictures cannot be decoded, though their headers could be read; replace them or move them out of "
+                f"the folder, and build again (all others are cached):\n  {listed}"
+            )
+
+    def _text_groups(self) -> list[tuple[str, list[_Job]]]:
+        mark = self._encoders.text_fingerprint
+        jobs = sorted(_Job(text_key(text, mark), text, None, text) for text in self.plan.texts)
+        return [("texts", chunk) for chunk in _chunks(jobs, self.plan.text_batch_size)]
+
+    def _latent_groups(self) -> list[tuple[str, list[_Job]]]:
+        mark = self._encoders.latent_fingerprint
+        by_bucket: dict[Bucket, dict[str, _Job]] = {}
+        for placement in (*self.plan.train, *self.plan.evaluation):
+            key = latent_key(placement.item.pixels, placement.geometry, mark)
+            by_bucket.setdefault(placement.bucket, {})[key] = _Job(key, str(placement.item.path), placement, "")
+        return [
+            ("latents", chunk)
+            for bucket in sorted(by_bucket)
+            for chunk in _chunks([by_bucket[bucket][key] for key in sorted(by_bucket[bucket])], self.plan.vae_batch_size)
+        ]
+
+    @staticmethod
+    def _decode(jobs: list[_Job], broken: list[str]) -> tuple[list[_Job], list[Image]]:
+        """The jobs whose pictures can be decoded, and those pictures; the others are added to ``broken``."""
+        pairs: list[tuple[_Job, Image]] = []
+        for job in jobs:
+            assert job.placement is not None
+            try:
+                pairs.append((job, cut(job.placement)))
+            except BROKEN as error:
+                broken.append(f"{job.name}: {error}")
+        return [job for job, _ in pairs], [picture for _, picture in pairs]
+
+
+def cut(placement: Placement) -> Image:
+    """The picture as it is encoded: upright, on white, resized with Lanczos, cut to its bucket."""
+    from PIL.Image import Resampling
+
+    resized, left, top, bucket = placement.geometry
+    picture = read_rgb(placement.item.path).resize(resized, Resampling.LANCZOS)
+    return picture.crop((left, top, left + bucket.width, top + bucket.height))
+
+
+def _chunks(jobs: list[_Job], size: int) -> list[list[_Job]]:
+    return [jobs[i : i + size] for i in range(0, len(jobs), size)]

@@ -1,0 +1,20 @@
+"""What an entry is called: a digest of everything its values depend on, never a position, a file name or a time."""
+
+from __future__ import annotations
+
+from sd3tune.data.buckets import Geometry
+from sd3tune.files import digest
+
+FORMAT = "1"
+"""Raised when the meaning of the stored tensors changes."""
+
+
+def latent_key(pixels: str, geometry: Geometry, fingerprint: str) -> str:
+    """Key of a picture's latent: its bytes, how it is resized and cut, and the autoencoder that sees it."""
+    (width, height), left, top, bucket = geometry
+    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}", fingerprint)
+
+
+def text_key(caption: str, fingerprint: str) -> str:
+    """Key of a text's states: its characters and the encoders, tokenizers and lengths that read it."""
+    return digest("text", FORMAT, caption, fingerprint)

@@ -1,0 +1,259 @@
+"""Every setting, declared once: default, meaning, unit, range, and whether it may change while training.
+
+From this one declaration come the check, the YAML reader, ``sd3tune settings`` and the panel's fields. Leaf names are
+unique over all sections, so ``learning_rate`` and ``optimizer.learning_rate`` name the same setting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""``true`` is not a number of steps, and ``"8"`` is not 8."""
+
+
+def about(
+    meaning: str, *, low: float | None = None, high: float | None = None, above: float | None = None, unit: str = "", live: bool = False
+) -> Any:
+    """What a person should know of a setting; ``live`` ones may change between two updates."""
+    return Field(description=meaning, ge=low, le=high, gt=above, json_schema_extra={"unit": unit, "live": live})
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """Which base model, and in which numbers."""
+
+    model_flavour: Annotated[Literal["playground"] | None, about("A known model; leave it out when a path is given.")] = None
+    pretrained_model_name_or_path: Annotated[str | None, about("A folder in the diffusers layout.")] = None
+    mixed_precision: Annotated[Literal["bf16", "no"], about("Number format of the forward pass; the adapter stays in fp32.")] = "bf16"
+    base_model_precision: Annotated[
+        Literal["no_change", "int8-quanto"], about("Number format in which the frozen base weights are kept.")
+    ] = "no_change"
+    tokenizer_max_length: Annotated[int, about("Length of every text for T5.", low=1, high=512, unit="tokens")] = 154
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Adapter:
+    """The part that learns."""
+
+    lora_rank: Annotated[int, about("Rank of the two factors of each weight change.", low=1, high=1024)] = 16
+    lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0)] = None
+    lora_dropout: Annotated[float, about("Share of the adapter's inputs set to zero while training.", low=0, high=0.9)] = 0.0
+    lora_targets: Annotated[Literal["attention"], about("Which linear layers get an adapter.")] = "attention"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """How pictures are put into batches."""
+
+    train_batch_size: Annotated[int, about("Pictures of one forward pass.", low=1, high=1024, unit="images")] = 1
+    gradient_accumulation_steps: Annotated[int, about("Forward passes of one update.", low=1, high=1024)] = 1
+    vae_batch_size: Annotated[int, about("Pictures encoded together.", low=1, high=1024, unit="images")] = 4
+    text_encoder_batch_size: Annotated[int, about("Captions encoded together.", low=1, high=1024, unit="captions")] = 16
+    caption_dropout_probability: Annotated[float, about("Share of training images seen without their caption.", low=0, high=1)] = 0.1
+    aspect_bucket_alignment: Annotated[
+        int, about("Sides of a bucket are multiples of this; 16 suits pictures below 128 px.", low=16, high=256, unit="px")
+    ] = 64
+    allow_missing_captions: Annotated[bool, about("Train pictures without a caption on the empty text instead of stopping.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Noise:
+    """Where between picture (0) and noise (1) the model is trained."""
+
+    flow_schedule_shift: Annotated[float, about("Moves noise levels up; 1 leaves them alone.", above=0, high=20)] = 3.0
+    flow_sigmoid_scale: Annotated[float, about("Spread of the logit-normal noise levels.", above=0, high=10)] = 1.0
+    stratified: Annotated[bool, about("Spread each batch evenly over the noise levels: the same distribution, calmer.")] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optimizer:
+    """How the adapter is updated."""
+
+    optimizer: Annotated[Literal["adamw"], about("The update rule.")] = "adamw"
+    learning_rate: Annotated[float, about("Peak learning rate.", above=0, high=1, live=True)] = 1e-4
+    lr_scheduler: Annotated[
+        Literal["constant", "constant_with_warmup", "cosine"], about("Course of the learning rate; the last two warm up.")
+    ] = "constant_with_warmup"
+    lr_warmup_steps: Annotated[int, about("Updates over which the rate rises from zero.", low=0, unit="updates")] = 20
+    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Schedule:
+    """How long, and how often to save."""
+
+    max_train_steps: Annotated[int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, unit="updates")] = None
+    num_train_epochs: Annotated[int | None, about("Passes over the data, instead of updates.", low=1, unit="epochs")] = None
+    seed: Annotated[int, about("Everything random about batch k is a function of this and k.", low=0, high=2**32 - 1)] = 42
+    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, unit="updates")] = 250
+    checkpoints_total_limit: Annotated[int, about("Newest checkpoints that are kept.", low=1)] = 3
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Validation:
+    """The pictures drawn on the way. Nothing here touches training."""
+
+    validation_prompt: Annotated[str | tuple[str, ...], about("What to draw: one prompt or a list.")] = ()
+    validation_negative_prompt: Annotated[str, about("What the guidance moves away from.", live=True)] = ""
+    validation_resolution: Annotated[str, about('Sizes of the pictures, such as "1024x1024,1280x768".')] = "1024x1024"
+    validation_guidance: Annotated[float, about("Classifier-free guidance scale; 1 is none.", low=0, high=30, live=True)] = 3.0
+    validation_num_inference_steps: Annotated[int, about("Steps of the sampler.", low=1, high=1000, live=True)] = 28
+    validation_seed: Annotated[int | None, about("Seed of the pictures' noise; the run's when left out.", low=0, high=2**32 - 1)] = None
+    validation_steps: Annotated[int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, unit="updates")] = 100
+    validation_shift: Annotated[float, about("Shift of the sampler's noise levels.", above=0, high=20)] = 3.0
+    validation_guidance_skip_layers: Annotated[
+        tuple[int, ...] | None, about("Blocks left out in skip-layer guidance; none switches it off.", live=True)
+    ] = None
+    validation_guidance_skip_layers_start: Annotated[
+        float, about("Share of the steps after which skip-layer guidance begins.", low=0, high=1, live=True)
+    ] = 0.01
+    validation_guidance_skip_layers_stop: Annotated[
+        float, about("Share of the steps at which skip-layer guidance ends.", low=0, high=1, live=True)
+    ] = 0.2
+    validation_guidance_skip_scale: Annotated[float, about("Strength of skip-layer guidance.", low=0, high=30, live=True)] = 2.8
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluation:
+    """The loss on held-out pictures (data sets of ``dataset_type: eval``)."""
+
+    eval_steps_interval: Annotated[int, about("Updates between evaluations; 0 at the start and the end only.", low=0, unit="updates")] = 0
+    num_eval_images: Annotated[int, about("Held-out pictures that are used.", low=1, unit="images")] = 4
+    eval_timesteps: Annotated[int, about("Fixed noise levels at which each picture is judged.", low=1, high=1000)] = 28
+    eval_loss_disable: Annotated[bool, about("Leave the evaluation loss out.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Run:
+    """Where results go."""
+
+    output_dir: Annotated[str, about("Folder of the run; a number is added rather than overwrite one.")] = "runs/run"
+    cache_dir: Annotated[str, about("Folder of encoded pictures and texts; may be shared by all runs.")] = "cache"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Everything one run needs to know. Frozen: `replace` makes another."""
+
+    model: Model = Field(default_factory=Model)
+    adapter: Adapter = Field(default_factory=Adapter)
+    data: Data = Field(default_factory=Data)
+    noise: Noise = Field(default_factory=Noise)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    validation: Validation = Field(default_factory=Validation)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    run: Run = Field(default_factory=Run)
+
+    @classmethod
+    def make(cls, **settings: Any) -> RunConfig:
+        """A configuration from leaf names: ``RunConfig.make(model_flavour="playground", lora_rank=8)``. Raises: ConfigError."""
+        from sd3tune.config.reading import build
+
+        return build(settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Read a YAML file, flat or grouped. Raises: ConfigError with every problem at once."""
+        from sd3tune.config.reading import load
+
+        return load(Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write every setting, grouped, so that the file says what ran."""
+        from sd3tune.config.reading import dump
+        from sd3tune.files import write_text
+
+        write_text(Path(path), dump(self))
+
+    def replace(self, **settings: Any) -> RunConfig:
+        """The same with other values for some leaf names. Raises: ConfigError."""
+        from sd3tune.config.reading import build
+
+        return build({**self.leaves(), **settings})
+
+    def leaves(self) -> dict[str, Any]:
+        """Every leaf name with its value."""
+        return {name: value for section in dataclasses.asdict(self).values() for name, value in section.items()}
+
+    @property
+    def max_train_steps(self) -> int | None:
+        """Updates of the run, or ``None`` when epochs decide."""
+        if self.schedule.num_train_epochs is not None:
+            return None
+        return self.schedule.max_train_steps or 1000
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha, which is the rank unless it was set."""
+        return self.adapter.lora_alpha or float(self.adapter.lora_rank)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The validation prompts as a tuple."""
+        given = self.validation.validation_prompt
+        return ((given,) if given else ()) if isinstance(given, str) else given
+
+    @property
+    def validation_sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of each validation picture."""
+        return tuple(parse_size(part) for part in self.validation.validation_resolution.split(","))
+
+    @property
+    def validation_seed(self) -> int:
+        """Seed of the validation noise."""
+        return self.schedule.seed if self.validation.validation_seed is None else self.validation.validation_seed
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"1280x768"`` or ``"1024"`` as (width, height). Raises: ValueError."""
+    match = re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", text)
+    if not match:
+        raise ValueError(f'a size is written "1024" or "1280x768", not {text.strip()!r}')
+    return int(match[1]), int(match[2] or match[1])
+
+
+SECTION_CLASSES: dict[str, type] = {
+    "model": Model, "adapter": Adapter, "data": Data, "noise": Noise, "optimizer": Optimizer, "schedule": Schedule,
+    "validation": Validation, "evaluation": Evaluation, "run": Run,
+}  # fmt: skip
+
+
+def check(config: RunConfig) -> list[str]:
+    """What is wrong everywhere with settings that are each legal alone, one sentence each."""
+    problems: list[str] = []
+    model, schedule, validation = config.model, config.schedule, config.validation
+    if model.model_flavour and model.pretrained_model_name_or_path:
+        problems.append("model_flavour and pretrained_model_name_or_path are both set; keep one")
+    if not model.model_flavour and not model.pretrained_model_name_or_path:
+        problems.append("no base model: set model_flavour (playground) or pretrained_model_name_or_path (a folder)")
+    if schedule.max_train_steps and schedule.num_train_epochs:
+        problems.append("max_train_steps and num_train_epochs are both set; keep one")
+    warmup, steps = config.optimizer.lr_warmup_steps, config.max_train_steps
+    if config.optimizer.lr_scheduler != "constant" and steps and warmup > steps:
+        problems.append(f"lr_warmup_steps ({warmup}) is longer than the run (max_train_steps = {steps})")
+    try:
+        for width, height in config.validation_sizes:
+            if width % 16 or height % 16 or not width or not height:
+                problems.append(f"validation_resolution: {width}x{height} is not a multiple of 16 px on both sides")
+    except ValueError as error:
+        problems.append(f"validation_resolution: {error}")
+    layers = validation.validation_guidance_skip_layers
+    if layers is not None:
+        if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
+            problems.append(f"validation_guidance_skip_layers: {list(layers)} is not a list of different block numbers from 0")
+        if validation.validation_guidance <= 1:
+            problems.append(
+                f"validation_guidance ({validation.validation_guidance:g}) is not above 1, and without guidance diffusers never "
+                "runs skip-layer guidance; raise it, or remove validation_guidance_skip_layers"
+            )
+        if validation.validation_guidance_skip_layers_start >= validation.validation_guidance_skip_layers_stop:
+            problems.append("validation_guidance_skip_layers_start is not below validation_guidance_skip_layers_stop")
+    return problems

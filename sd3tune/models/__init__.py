@@ -1,0 +1,1 @@
+"""The only room that loads diffusers, transformers, peft and quanto."""

@@ -1,0 +1,215 @@
+"""The parts of an SD3 pipeline, loaded one at a time from a folder in the diffusers layout.
+
+Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sd3tune import playground
+from sd3tune.cache.builder import TextStates
+from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ModelError
+from sd3tune.files import digest, file_digest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = ("", "_2", "_3")
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
+
+
+def model_folder(config: RunConfig) -> Path:
+    """Folder of the base model. Raises: ModelError when it is not a pipeline in the diffusers layout."""
+    folder = playground.MODEL if config.model.model_flavour == "playground" else Path(config.model.pretrained_model_name_or_path or "")
+    if not folder.is_dir():
+        raise ModelError(f"{folder.resolve()}: no such folder; set pretrained_model_name_or_path to a pipeline saved by diffusers")
+    absent = [part for part in ("transformer", "vae", "scheduler", *TEXT_PARTS) if not (folder / part).is_dir()]
+    if absent:
+        raise ModelError(f"{folder.resolve()}: not an SD3 pipeline in the diffusers layout; missing: {', '.join(absent)}")
+    return folder
+
+
+def pick_device() -> torch.device:
+    """The best device of this machine."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Number format of the frozen weights and of the forward pass."""
+    return torch.float32 if config.model.mixed_precision == "no" else torch.bfloat16
+
+
+def load_transformer(config: RunConfig, device: torch.device) -> Any:
+    """The frozen transformer, quantised if asked. Raises: ModelError."""
+    from diffusers import SD3Transformer2DModel
+
+    from sd3tune.models.quantize import quantize
+
+    with _named(model_folder(config) / "transformer"):
+        transformer = SD3Transformer2DModel.from_pretrained(model_folder(config) / "transformer", torch_dtype=compute_dtype(config))
+    transformer.requires_grad_(False)
+    if config.model.base_model_precision != "no_change":
+        quantize(transformer, config.model.base_model_precision)
+    return transformer.to(device)
+
+
+def load_vae(config: RunConfig, device: torch.device) -> Any:
+    """The autoencoder. Raises: ModelError."""
+    from diffusers import AutoencoderKL
+
+    with _named(model_folder(config) / "vae"):
+        vae = AutoencoderKL.from_pretrained(model_folder(config) / "vae", torch_dtype=compute_dtype(config))
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def load_scheduler(config: RunConfig) -> Any:
+    """The sampler's scheduler, with ``validation_shift``."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder(config) / "scheduler", shift=config.validation.validation_shift)
+
+
+def skeleton(config: RunConfig) -> Any:
+    """The transformer's structure without any values (on the meta device)."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        return SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(model_folder(config) / "transformer"))
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Name the folder when loading from it fails for want of a good file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: cannot be loaded ({error}); download or copy the model again") from error
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of every file's bytes in a folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return digest(*(part for p in files for part in (p.relative_to(folder).as_posix(), file_digest(p))))
+
+
+class EncoderHandle:
+    """A light handle on the encoders of a configuration: their identity, and a scope in which they are loaded."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._folder = model_folder(config)
+
+    @cached_property
+    def latent_fingerprint(self) -> str:
+        """Of the autoencoder's files and number format."""
+        return digest(folder_digest(self._folder / "vae"), str(compute_dtype(self._config)))
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Of the encoders' and tokenizers' files, the lengths and the number format."""
+        parts = [folder_digest(self._folder / part) for part in TEXT_PARTS]
+        return digest(*parts, str(self._config.model.tokenizer_max_length), str(compute_dtype(self._config)))
+
+    @contextmanager
+    def load(self) -> Iterator[LoadedEncoders]:
+        """Encoders for the duration of the block; memory is given back at its end."""
+        loaded = LoadedEncoders(self._config, pick_device())
+        try:
+            yield loaded
+        finally:
+            loaded.release()
+
+
+def encoders(config: RunConfig) -> EncoderHandle:
+    """The encoders that a configuration names. Raises: ModelError."""
+    return EncoderHandle(config)
+
+
+class LoadedEncoders:
+    """Autoencoder and text encoders; each is loaded when first asked for, and the two never lie in memory together."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._vae: Any = None
+        self._texts: list[tuple[Any, Any]] = []
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._vae, self._texts = None, []
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def encode_images(self, pictures: Sequence[Image]) -> Tensor:
+        """Scaled posterior means B C H W of pictures of one size: (z - shift_factor) * scaling_factor."""
+        if self._vae is None:
+            self.release()
+            self._vae = load_vae(self._config, self._device)
+        rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures]
+        pixels_BHWC = torch.stack(rows).to(self._device, self._vae.dtype)
+        z_BCHW = self._vae.encode(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        return (z_BCHW - self._vae.config.shift_factor) * self._vae.config.scaling_factor  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
+        """CLIP's penultimate states side by side, T5's last, and both pooled vectors, as diffusers' pipeline makes them."""
+        if not self._texts:
+            self.release()
+            self._texts = self._load_texts()
+        hidden, pooled = [], []
+        for tokenizer, encoder in self._texts[:2]:
+            out = encoder(self._ids(tokenizer, texts, tokenizer.model_max_length), output_hidden_states=True)
+            pooled.append(out[0])
+            hidden.append(out.hidden_states[-2])
+        tokenizer, encoder = self._texts[2]
+        t5_BLD = encoder(self._ids(tokenizer, texts, self._config.model.tokenizer_max_length))[0]
+        clip_BLD, pooled_BP = torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
+        return [TextStates(*rows) for rows in zip(clip_BLD, t5_BLD, pooled_BP, strict=True)]
+
+    def _ids(self, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+        padded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return padded.input_ids.to(self._device)  # type: ignore[no-any-return]
+
+    def _load_texts(self) -> list[tuple[Any, Any]]:
+        from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+        folder, loaded = model_folder(self._config), []
+        classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
+        for (tokenizer, _), suffix, encoder_class in zip(tokenizers(self._config), SUFFIXES, classes, strict=True):
+            with _named(folder / f"text_encoder{suffix}"):
+                encoder = encoder_class.from_pretrained(folder / f"text_encoder{suffix}", dtype=compute_dtype(self._config))
+            loaded.append((tokenizer, encoder.eval().to(self._device)))
+        return loaded
+
+
+def tokenizers(config: RunConfig) -> list[tuple[Any, int]]:
+    """The three tokenizers with the length at which each cuts a text."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    folder, found = model_folder(config), []
+    for suffix, kind in zip(SUFFIXES, (CLIPTokenizer, CLIPTokenizer, T5TokenizerFast), strict=True):
+        with _named(folder / f"tokenizer{suffix}"):
+            tokenizer = kind.from_pretrained(folder / f"tokenizer{suffix}")
+        found.append((tokenizer, config.model.tokenizer_max_length if kind is T5TokenizerFast else tokenizer.model_max_length))
+    return found
+
+
+def truncated(config: RunConfig, texts: Sequence[str]) -> list[str]:
+    """The texts that CLIP or T5 sees only the beginning of."""
+    pairs = tokenizers(config)
+    return [text for text in texts if any(len(t(text, truncation=False, verbose=False).input_ids) > limit for t, limit in pairs)]

@@ -1,0 +1,119 @@
+"""Every record that the long-running parts yield. Frozen, printable, and one line of ``history.jsonl`` each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records; ``type`` names the kind in the history."""
+
+    type: ClassVar[str] = "record"
+    step: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain data, ``type`` first."""
+        return {"type": self.type, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRecord(Record):
+    """One entry of the cache is in place; ``reused`` when it already was. ``step`` counts entries."""
+
+    type: ClassVar[str] = "cache"
+    total: int
+    kind: str
+    key: str
+    name: str
+    reused: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """One optimizer update: what it saw and what it measured before it changed anything."""
+
+    type: ClassVar[str] = "step"
+    loss: float
+    losses: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    items: tuple[str, ...]
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    images_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(Record):
+    """Loss on held-out pictures with fixed noise and fixed noise levels."""
+
+    type: ClassVar[str] = "eval"
+    loss: float
+    images: int
+    sigmas: tuple[float, ...]
+    losses_by_sigma: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRecord(Record):
+    """One step of the sampler is done."""
+
+    type: ClassVar[str] = "preview"
+    prompt: str
+    sampler_step: int
+    sampler_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord(Record):
+    """One validation picture is on disk."""
+
+    type: ClassVar[str] = "image"
+    prompt: str
+    path: str
+    seed: int
+    width: int
+    height: int
+    guidance: float
+    skip_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord(Record):
+    """A checkpoint (or the final adapter) is on disk and has been read back."""
+
+    type: ClassVar[str] = "checkpoint"
+    path: str
+    tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandRecord(Record):
+    """A command of a person was applied between two updates, or refused with a reason."""
+
+    type: ClassVar[str] = "command"
+    name: str
+    value: Any = None
+    refused: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeRecord(Record):
+    """Something a person should read."""
+
+    type: ClassVar[str] = "notice"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRecord(Record):
+    """The run goes on from ``from_step`` of segment ``parent``; later lines of that parent no longer count."""
+
+    type: ClassVar[str] = "segment"
+    from_step: int
+    parent: int
+    why: str

@@ -1,0 +1,267 @@
+"""One folder per run, and the names of everything in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sd3tune.errors import CheckpointError, FileError
+from sd3tune.files import explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
+from sd3tune.records import Record, SegmentRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RunFolder:
+    """The files of one run. Never overwrites another run's: a taken name gets a number."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, wanted: Path) -> RunFolder:
+        """Make a new folder at ``wanted``, or at ``wanted-2``, ``-3``, ... Raises: FileError."""
+        return cls(new_numbered_folder(wanted))
+
+    @property
+    def config(self) -> Path:
+        """Every setting of the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What was found, before the first update."""
+        return self.path / "manifest.json"
+
+    @property
+    def history(self) -> Path:
+        """One record a line; the only file that grows."""
+        return self.path / "history.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Messages in words."""
+        return self.path / "train.log"
+
+    @property
+    def lora(self) -> Path:
+        """The final adapter, diffusers layout."""
+        return self.path / "lora.safetensors"
+
+    @property
+    def grid(self) -> Path:
+        """Base, adapter and reference pictures side by side."""
+        return self.path / "grid.png"
+
+    @property
+    def loss_chart(self) -> Path:
+        """The loss over the updates."""
+        return self.path / "loss.png"
+
+    def images(self, step: int) -> Path:
+        """Validation pictures drawn after ``step`` updates."""
+        return self.path / "images" / f"step-{step:06d}"
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def write_checkpoint(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> tuple[Path, int]:
+        """Write ``adapter`` and ``optimizer`` tensors and, last, ``state.json`` with their digests; then drop the oldest.
+
+        Returns the checkpoint's folder and its number of tensors. Raises: FileError.
+        """
+        from safetensors.torch import save_file
+
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
+        if folder.exists():  # the same step of a run that was resumed from before it: the same bits, written again
+            shutil.rmtree(folder)
+        with write_folder(folder) as draft:
+            digests = {}
+            for name, held in tensors.items():
+                file = draft / f"{name}.safetensors"
+                save_file({key: value.contiguous() for key, value in held.items()}, file)
+                digests[file.name] = file_digest(file)
+            (draft / "state.json").write_text(json.dumps({**state, "sha256": digests}, indent=1) + "\n")
+        write_text(self.path / "checkpoints" / "latest.json", json.dumps({"step": step, "folder": folder.name}) + "\n")
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        return folder, sum(len(held) for held in tensors.values())
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(p.parent for p in (self.path / "checkpoints").glob("step-*/state.json"))
+
+    def read_checkpoint(self) -> dict[str, Any]:
+        """The newest checkpoint that reads back whole: its state with the tensors of ``adapter`` and ``optimizer``.
+
+        Raises: CheckpointError when there is none.
+        """
+        from safetensors.torch import load_file
+
+        damaged = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                state = json.loads((folder / "state.json").read_text())
+                wrong = [name for name, mark in state["sha256"].items() if file_digest(folder / name) != mark]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                damaged.append(f"{folder.name}: {error}")
+                continue
+            if wrong:
+                damaged.append(f"{folder.name}: {wrong[0]} is not what was written")
+                continue
+            return {**state, **{name.removesuffix(".safetensors"): load_file(folder / name) for name in state["sha256"]}}
+        why = "; damaged: " + "; ".join(damaged) if damaged else ""
+        raise CheckpointError(f"{self.path}: there is no checkpoint to resume from{why}")
+
+    # --- history -----------------------------------------------------------------------------------------------------
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The lines that count, oldest first: a later segment replaces what its parent did beyond the step it left from."""
+        return follow_segments(read_lines(self.history))
+
+    def save_loss_chart(self) -> None:
+        """Draw the loss of every update, smoothed, with the evaluation losses. Raises: FileError."""
+        from matplotlib.figure import Figure
+
+        history = self.read_history()
+        steps = [r for r in history if r["type"] == "step"]
+        evals = [r for r in history if r["type"] == "eval"]
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        x, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+        axes.plot(x, losses, color="#b8c4d6", linewidth=0.8, label="each update")
+        axes.plot(x, smooth(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
+        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o--", color="#c2410c", label="held-out pictures")
+        axes.set(xlabel="update", ylabel="loss")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        write_with(self.loss_chart, lambda draft: figure.savefig(draft, format="png", dpi=130))
+
+
+class History:
+    """The one appended file of a run: flushed line by line, fsynced when asked."""
+
+    def __init__(self, folder: RunFolder, *, segment: int = 0) -> None:
+        self.segment = segment
+        with explained(folder.history):
+            whole = folder.history.read_bytes() if folder.history.exists() else b""
+            self._file = folder.history.open("a", encoding="utf-8")
+            if whole and not whole.endswith(b"\n"):
+                self._file.write("\n")  # the torn last line of a killed run stays a line of its own
+        self._path = folder.history
+
+    def append(self, record: Record) -> None:
+        """Write one record. Raises: FileError."""
+        line = {**record.as_dict(), "time": round(time.time(), 3), "segment": self.segment}
+        with explained(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make everything so far survive a power cut. Raises: FileError."""
+        with explained(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a history; torn ones are left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("type"), str) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what a later segment has replaced."""
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if line["type"] == SegmentRecord.type:
+            kept = [r for r in kept if r["step"] <= line["from_step"]]
+        kept.append(line)
+    return kept
+
+
+def smooth(values: list[float], decay: float = 0.95) -> list[float]:
+    """Exponential moving average without the pull towards zero at its start."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(total / weight)
+    return out
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of the list of runs."""
+
+    path: Path
+    step: int
+    loss: float | None
+    eval_loss: float | None
+    finished: bool
+
+    def __str__(self) -> str:
+        loss = "" if self.loss is None else f"  loss {self.loss:.4f}"
+        held = "" if self.eval_loss is None else f"  held-out {self.eval_loss:.4f}"
+        return f"{self.path}  step {self.step}{loss}{held}  {'finished' if self.finished else 'not finished'}"
+
+
+class RunList(tuple[RunSummary, ...]):
+    """Runs, oldest first; shows itself as a list."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no runs yet"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def runs(folder: str | Path = "runs") -> RunList:
+    """The runs in a folder. Raises: FileError when the folder is a file."""
+    root = Path(folder)
+    if root.exists() and not root.is_dir():
+        raise FileError(f"{root.resolve()}: is a file, not a folder of runs")
+    return RunList(_summaries(root))
+
+
+def _summaries(root: Path) -> Iterator[RunSummary]:
+    if not root.is_dir():
+        return
+    for path in sorted((p.parent for p in root.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime):
+        history = RunFolder(path).read_history()
+        losses = [r["loss"] for r in history if r["type"] == "step" and isinstance(r.get("loss"), float)]
+        evals = [r["loss"] for r in history if r["type"] == "eval" and isinstance(r.get("loss"), float)]
+        step = max((r["step"] for r in history if r["type"] == "step"), default=0)
+        mean = sum(losses[-20:]) / len(losses[-20:]) if losses else None
+        yield RunSummary(path, step, mean, evals[-1] if evals else None, RunFolder(path).lora.exists())
+
+
+def open_log(folder: RunFolder) -> logging.Logger:
+    """The run's logger, writing to ``train.log`` at ``SD3TUNE_LOG_LEVEL`` (INFO). Raises: FileError."""
+    logger = logging.Logger(f"sd3tune.{folder.path.name}", os.environ.get("SD3TUNE_LOG_LEVEL", "INFO").upper())
+    with explained(folder.log):
+        handler = logging.FileHandler(folder.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return logger

@@ -1,0 +1,171 @@
+"""One update: the only owner of what training changes, namely adapter weights, optimizer moments and updates done.
+
+Shapes: B images, C latent channels, H x W latent pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd3tune.errors import CheckpointError, TrainingError
+from sd3tune.records import StepRecord
+from sd3tune.training import flow, sigmas
+from sd3tune.training.batches import Batches, fold, generator, noise
+from sd3tune.training.optim import learning_rate, new_adamw, optimizer_tensors, restore_optimizer
+
+
+class TransformerVelocity:
+    """The SD3 transformer as a function of sigma; the one place where sigma becomes the transformer's 1000 * sigma."""
+
+    def __init__(self, transformer: Any, dtype: torch.dtype) -> None:
+        self.transformer, self._dtype = transformer, dtype
+
+    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor:
+        """Predicted velocity B C H W. The timestep stays float32: bf16 would tell the model another noise level."""
+        device = noisy_BCHW.device
+        mixed = self._dtype != torch.float32
+        with torch.autocast(device.type, self._dtype) if mixed else nullcontext():
+            return self.transformer(  # type: ignore[no-any-return]
+                hidden_states=noisy_BCHW.to(self._dtype), timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD.to(self._dtype),
+                pooled_projections=pooled_BP.to(self._dtype), return_dict=False,
+            )[0]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The numbers an update needs."""
+
+    seed: int
+    accumulation: int
+    sigmoid_scale: float
+    shift: float
+    stratified: bool
+    schedule: str
+    warmup: int
+    total: int
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    ids: tuple[str, ...]
+    sigma_B: Tensor
+    loss_B: Tensor
+
+
+class Engine:
+    """Advance an adapter one update at a time."""
+
+    def __init__(self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules) -> None:
+        self.velocity, self.weights, self.batches, self.rules = velocity, dict(weights), batches, rules
+        self.updates = 0
+        self._optimizer = new_adamw(self.weights)
+        self._device = next(iter(self.weights.values())).device
+
+    def update(self, *, peak_learning_rate: float) -> StepRecord:
+        """Do one update. Everything is measured and checked before the optimizer changes anything.
+
+        Raises: TrainingError when the gradient is not finite; the adapter is then unchanged.
+        """
+        started, rules = time.perf_counter(), self.rules
+        indices = range(self.updates * rules.accumulation, (self.updates + 1) * rules.accumulation)
+        images = sum(len(self.batches.placements(k)) for k in indices)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(rules.seed, indices[0], 3))  # adapter dropout draws from torch's own generator
+            parts = [self._backward(k, images) for k in indices]
+        grad_norm = float(nn.utils.clip_grad_norm_(self.weights.values(), rules.max_grad_norm))
+        losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
+        items = tuple(i for part in parts for i in part.ids)
+        step = self.updates + 1
+        if not math.isfinite(grad_norm):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"step {step}: the gradient is {grad_norm} (losses {[round(v, 4) for v in losses]}, items {list(items)}). The adapter "
+                "is unchanged. Lower learning_rate, or look at these items with the catalog."
+            )
+        rate = learning_rate(
+            self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total
+        )
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.updates = step
+        if step == 10:
+            self._assert_moved()
+        seconds = time.perf_counter() - started
+        return StepRecord(
+            step=step, loss=sum(losses) / len(losses), losses=losses, sigmas=tuple(torch.cat([p.sigma_B for p in parts]).tolist()),
+            items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds, images_per_second=len(items) / seconds,
+            peak_memory_bytes=peak_memory(self._device),
+        )  # fmt: skip
+
+    def seconds_per_update(self) -> float:
+        """Time of one update's forward and backward passes, the second of two tries; changes nothing."""
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.random.fork_rng(devices=[]):
+                self._backward(0, 1)
+            self._optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
+        return seconds * self.rules.accumulation
+
+    def _backward(self, k: int, images: int) -> _Part:
+        """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
+        rules, batch = self.rules, self.batches[k]
+        sigma_B = sigmas.draw(
+            len(batch.ids), scale=rules.sigmoid_scale, factor=rules.shift, stratified=rules.stratified, rng=generator(rules.seed, k, 4)
+        )
+        noise_BCHW = noise(batch.latent_BCHW.shape, seed=rules.seed, k=k)
+        loss_B = flow.loss(
+            self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
+            sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW.to(self._device),
+        )  # fmt: skip
+        (loss_B.sum() / images).backward()  # type: ignore[no-untyped-call]
+        return _Part(batch.ids, sigma_B, loss_B.detach())
+
+    def _assert_moved(self) -> None:
+        """Ten updates must have moved every B away from zero."""
+        still = [name for name, weight in self.weights.items() if ".lora_B." in name and not weight.detach().any()]
+        if len(still) == sum(".lora_B." in name for name in self.weights):
+            raise TrainingError("after 10 updates the adapter has not moved at all: no gradient reaches it; this is a defect, please report it")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapter, optimizer moments and updates done: all that an update reads and that is not a function of (config, cache, k)."""
+        adapter = {name: weight.detach().clone().cpu() for name, weight in self.weights.items()}
+        moments = {key: value.cpu() for key, value in optimizer_tensors(self._optimizer, self.weights).items()}
+        return {"adapter": adapter, "optimizer": moments, "updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`. Raises: CheckpointError when the state is of another adapter; nothing is changed then."""
+        adapter: Mapping[str, Tensor] = state["adapter"]
+        differing = {n for n in set(adapter) | set(self.weights) if n not in adapter or n not in self.weights or adapter[n].shape != self.weights[n].shape}  # fmt: skip
+        if differing:
+            raise CheckpointError(f"the checkpoint is of another adapter: {len(differing)} weights differ, e.g. {min(differing)}")
+        with torch.no_grad():
+            for name, tensor in adapter.items():
+                self.weights[name].copy_(tensor)
+        restore_optimizer(self._optimizer, self.weights, state["optimizer"])
+        self.updates = int(state["updates"])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes ever held: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,79 @@
+"""Pictures side by side: one labelled row per state of the adapter, one column per prompt."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sd3tune.files import write_bytes
+
+MARGIN, LABEL, CELL = 8, 120, 128
+"""Pixels: between cells, width of the row labels, least width of a cell."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows of pictures with their labels. Displays itself in a notebook."""
+
+    rows: tuple[tuple[str, tuple[Image.Image | None, ...]], ...]
+    columns: tuple[str, ...]
+
+    def image(self) -> Image.Image:
+        """The whole grid as one picture; a missing cell stays grey."""
+        pictures = [p for _, row in self.rows for p in row if p is not None]
+        width = max([CELL, *(p.width for p in pictures)])
+        height = max([CELL, *(p.height for p in pictures)])
+        font = ImageFont.load_default(14)
+        top = 2 * MARGIN + 34
+        whole = Image.new("RGB", (LABEL + len(self.columns) * (width + MARGIN) + MARGIN, top + len(self.rows) * (height + MARGIN)), "white")
+        pen = ImageDraw.Draw(whole)
+        for c, title in enumerate(self.columns):
+            _write(pen, _wrap(title, width, font), (LABEL + c * (width + MARGIN), MARGIN), font)
+        for r, (label, row) in enumerate(self.rows):
+            y = top + r * (height + MARGIN)
+            _write(pen, _wrap(label, LABEL - 2 * MARGIN, font), (MARGIN, y + height // 2 - 16), font)
+            for c, picture in enumerate(row):
+                x = LABEL + c * (width + MARGIN)
+                if picture is None:
+                    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=(235, 235, 235))
+                    continue
+                scale = min(width / picture.width, height / picture.height)
+                shown = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+                whole.paste(shown, (x + (width - shown.width) // 2, y + (height - shown.height) // 2))
+        return whole
+
+    def png(self) -> bytes:
+        """The grid as a PNG file's bytes."""
+        stream = io.BytesIO()
+        self.image().save(stream, "PNG")
+        return stream.getvalue()
+
+    def save(self, path: str | Path) -> None:
+        """Write the grid as PNG. Raises: FileError."""
+        write_bytes(Path(path), self.png())
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """Up to two lines of ``text`` that fit ``width`` pixels."""
+    lines: list[str] = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 2:
+        lines = [lines[0], lines[1] + " ..."]
+    return lines
+
+
+def _write(pen: ImageDraw.ImageDraw, lines: Sequence[str], at: tuple[int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> None:
+    for i, line in enumerate(lines):
+        pen.text((at[0], at[1] + 17 * i), line, fill="black", font=font)

@@ -1,0 +1,89 @@
+"""Sampling on the live transformer, one yield per step, equal bit for bit to diffusers' `StableDiffusion3Pipeline`.
+
+Shapes: C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled text width. One picture at a
+time, so every tensor begins with a batch of 1 (or 2: negative, positive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sd3tune.cache.builder import Text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the prompt is followed. ``skip_layers`` empty means no skip-layer guidance.
+
+    guided = negative + scale (positive - negative) + skip_scale (positive - positive with the listed blocks left out),
+    the last term in sampler steps i with start N < i < stop N. Source: Stability-AI/sd3.5, diffusers.
+    """
+
+    scale: float
+    skip_layers: tuple[int, ...] = ()
+    skip_start: float = 0.01
+    skip_stop: float = 0.2
+    skip_scale: float = 2.8
+
+    def skips(self, step: int, steps: int) -> bool:
+        """Whether sampler step ``step`` (from 0) of ``steps`` runs skip-layer guidance."""
+        return bool(self.skip_layers) and self.scale > 1 and steps * self.skip_start < step < steps * self.skip_stop
+
+    def active_steps(self, steps: int) -> tuple[int, ...]:
+        """The sampler steps with skip-layer guidance."""
+        return tuple(i for i in range(steps) if self.skips(i, steps))
+
+
+def start_noise(shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> Tensor:
+    """The noise 1 C H W that a stock pipeline draws from ``torch.Generator("cpu").manual_seed(seed)``."""
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def sample(
+    transformer: Any, scheduler: Any, *, positive: Text, negative: Text, noise_BCHW: Tensor, steps: int, guidance: Guidance
+) -> Generator[int, None, Tensor]:
+    """Walk from noise to a latent; yields the number of finished steps, returns the latent 1 C H W."""
+    device, dtype = noise_BCHW.device, noise_BCHW.dtype
+    guided = guidance.scale > 1
+    texts = [negative, positive] if guided else [positive]
+    joint_BLD = torch.stack([t.joint_LD for t in texts]).to(device, dtype)
+    pooled_BP = torch.stack([t.pooled_P for t in texts]).to(device, dtype)
+
+    def predict(latents: Tensor, t: Tensor, joint: Tensor, pooled: Tensor, skip: list[int] | None = None) -> Tensor:
+        return transformer(  # type: ignore[no-any-return]
+            hidden_states=latents, timestep=t.expand(latents.shape[0]), encoder_hidden_states=joint, pooled_projections=pooled,
+            return_dict=False, skip_layers=skip,
+        )[0]  # fmt: skip
+
+    scheduler.set_timesteps(steps, device=device)
+    latent_BCHW = noise_BCHW
+    for step, t in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            velocity = predict(torch.cat([latent_BCHW] * 2) if guided else latent_BCHW, t, joint_BLD, pooled_BP)
+            if guided:
+                without, with_text = velocity.chunk(2)
+                velocity = without + guidance.scale * (with_text - without)
+                if guidance.skips(step, steps):
+                    skipped = predict(latent_BCHW, t, joint_BLD[1:], pooled_BP[1:], list(guidance.skip_layers))
+                    velocity = velocity + (with_text - skipped) * guidance.skip_scale
+            latent_BCHW = scheduler.step(velocity, t, latent_BCHW, return_dict=False)[0]
+        yield step + 1
+    return latent_BCHW
+
+
+@torch.no_grad()
+def decode(vae: Any, latent_BCHW: Tensor) -> list[Image]:
+    """Pictures of scaled latents, rounded to 8 bits as diffusers rounds."""
+    from PIL import Image
+
+    raw = latent_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    pixels_BHWC = (vae.decode(raw, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu()
+    return [Image.fromarray((row * 255).round().to(torch.uint8).numpy()) for row in pixels_BHWC]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest:
     """Everything that answers "did it train on what I meant"."""
 
@@ -57,6 +57,8 @@ class Manifest:
             *(f'truncated "{caption}"' for caption in self.captions_truncated),
         ]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.errors import CheckpointError, FileError
+from sd3tune.errors import CheckpointError, ConfigError, FileError
 from sd3tune.files import explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
 from sd3tune.records import Record, SegmentRecord
 
@@ -257,9 +257,17 @@ def _summaries(root: Path) -> Iterator[RunSummary]:
         yield RunSummary(path, step, mean, evals[-1] if evals else None, RunFolder(path).lora.exists())
 
 
+def log_level() -> str:
+    """``SD3TUNE_LOG_LEVEL``. Raises: ConfigError when it is not a level."""
+    level = os.environ.get("SD3TUNE_LOG_LEVEL", "INFO").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ConfigError([f"SD3TUNE_LOG_LEVEL is {level!r}; use DEBUG, INFO, WARNING or ERROR"], "the environment")
+    return level
+
+
 def open_log(folder: RunFolder) -> logging.Logger:
     """The run's logger, writing to ``train.log`` at ``SD3TUNE_LOG_LEVEL`` (INFO). Raises: FileError."""
-    logger = logging.Logger(f"sd3tune.{folder.path.name}", os.environ.get("SD3TUNE_LOG_LEVEL", "INFO").upper())
+    logger = logging.Logger(f"sd3tune.{folder.path.name}", log_level())
     with explained(folder.log):
         handler = logging.FileHandler(folder.log, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

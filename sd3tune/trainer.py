@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from sd3tune.manifest import Manifest, describe
 from sd3tune.models import adapters, components
 from sd3tune.models.lora_files import save_lora
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, SegmentRecord, StepRecord
-from sd3tune.run_folder import History, RunFolder, open_log
+from sd3tune.run_folder import History, RunFolder, log_level, open_log
 from sd3tune.training.batches import Batches
 from sd3tune.training.engine import Engine, Rules, TransformerVelocity
 from sd3tune.training.sigmas import ladder
@@ -37,6 +38,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, cache: Cache, *, folder: RunFolder | None = None) -> None:
+        log_level()
         self.config, self.cache = config, cache
         self.device = components.pick_device()
         self.transformer = components.load_transformer(config, self.device)
@@ -78,8 +80,9 @@ class Trainer:
 
     def step(self) -> StepRecord:
         """One optimizer update and nothing else. Raises: TrainingError."""
-        record = self.engine.update(peak_learning_rate=self.config.optimizer.learning_rate)
-        self._tell(record)
+        with interrupts_deferred():
+            record = self.engine.update(peak_learning_rate=self.config.optimizer.learning_rate)
+            self._tell(record)
         return record
 
     def run(self, n: int | None = None) -> Iterator[Record]:
@@ -253,6 +256,22 @@ class Trainer:
             yield
         finally:
             self.transformer.train()
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C (or a notebook's stop button) take effect at the end of the block instead of in its middle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def is_live(name: str) -> bool:

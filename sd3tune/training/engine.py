@@ -79,6 +79,7 @@ class Engine:
         started, rules = time.perf_counter(), self.rules
         indices = range(self.updates * rules.accumulation, (self.updates + 1) * rules.accumulation)
         images = sum(len(self.batches.placements(k)) for k in indices)
+        self._optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(rules.seed, indices[0], 3))  # adapter dropout draws from torch's own generator
             parts = [self._backward(k, images) for k in indices]
@@ -97,7 +98,6 @@ class Engine:
         )
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self.updates = step
         if step == 10:
             self._assert_moved()

@@ -1,0 +1,7 @@
+"""``python -m sd3tune``."""
+
+import sys
+
+from sd3tune.cli import main
+
+sys.exit(main())

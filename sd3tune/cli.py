@@ -1,0 +1,140 @@
+"""The same objects with no notebook. Exit codes: 0 done, 1 what a person can fix, 2 wrong usage, 130 interrupted after saving."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sd3tune as st
+from sd3tune.errors import ConfigError, Sd3TuneError
+
+if TYPE_CHECKING:
+    from sd3tune.data import Plan
+    from sd3tune.trainer import Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    options = _parser().parse_args(arguments)
+    _quiet_libraries()
+    try:
+        return int(options.verb(options) or 0)
+    except Sd3TuneError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was being trained", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sd3tune", description="Fine-tune Stable Diffusion 3 and 3.5 with LoRA.")
+    parser.add_argument("--version", action="version", version=f"sd3tune {st.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text)
+        made.set_defaults(verb=run)
+        return made
+
+    for name, run, text in (
+        ("plan", _plan, "show what would be trained on, and write nothing"),
+        ("train", _train, "encode what is missing, train, validate, save"),
+    ):
+        made = verb(name, run, text)
+        made.add_argument("config", nargs="?", help="a YAML file of settings; the playground's preset when left out")
+        made.add_argument("--data", default="datasets.yaml", help="a datasets.yaml or a folder of pictures (%(default)s)")
+        made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
+        if name == "train":
+            made.add_argument("--resume", metavar="RUN", help="go on with a run folder instead")
+    listed = verb("runs", _runs, "list the runs of a folder")
+    listed.add_argument("folder", nargs="?", default="runs")
+    known = verb("settings", _settings, "list settings, with their meaning and default")
+    known.add_argument("word", nargs="?", default="", help="show only settings with this word in name or meaning")
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own progress bars off the terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _config(options: argparse.Namespace) -> st.RunConfig:
+    from sd3tune.config.reading import build, parse_setting
+
+    if options.config is None:
+        base: dict[str, Any] = {**st.presets.PLAYGROUND}
+    else:
+        base = st.RunConfig.load(options.config).leaves()
+    changes = {name.rpartition(".")[2]: value for name, value in map(parse_setting, options.set)}
+    return build({**base, **changes}, options.config or "the playground's preset")
+
+
+def _made_plan(options: argparse.Namespace) -> tuple[st.RunConfig, Plan]:
+    config = _config(options)
+    return config, st.plan(st.discover(options.data), config)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    print(_made_plan(options)[1])
+
+
+def _train(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    if options.resume:
+        trainer = st.Trainer.resume(options.resume)
+    else:
+        config, plan = _made_plan(options)
+        builder = st.CacheBuilder(plan, st.encoders(config))
+        for _ in tqdm(builder, desc="encoding", unit="entry", total=len(plan.texts) + len({p.item.pixels for p in plan.train + plan.evaluation})):
+            pass
+        trainer = st.Trainer(config, builder.build())
+    print(trainer.manifest)
+    return _drive(trainer)
+
+
+def _drive(trainer: Trainer) -> int:
+    """Run to the end with one progress line. Ctrl-C finishes the update, saves a checkpoint and stops."""
+    from tqdm import tqdm
+
+    from sd3tune.progress import progress
+    from sd3tune.records import CheckpointRecord, EvalRecord
+
+    records = progress(trainer)
+    try:
+        for record in records:
+            if isinstance(record, EvalRecord):
+                tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}")
+            elif isinstance(record, CheckpointRecord):
+                tqdm.write(f"step {record.step}: saved {record.path}")
+    except KeyboardInterrupt:
+        records.close()
+        saved = trainer.checkpoint()
+        print(f"\ninterrupted after step {saved.step}; saved {saved.path}\ngo on with: sd3tune train --resume {trainer.folder.path}")
+        return 130
+    print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> None:
+    print(st.runs(Path(options.folder)))
+
+
+def _settings(options: argparse.Namespace) -> None:
+    from sd3tune.config.reading import describe_settings
+
+    found = [line for line in describe_settings() if options.word.lower() in line.lower()]
+    if not found:
+        raise ConfigError([f"no setting has {options.word!r} in its name or meaning"], "sd3tune settings")
+    print("\n".join(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""How far a run is: a bar in a terminal, one line that updates in place in a notebook. Passes every record through."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from sd3tune.records import PreviewRecord, Record, StepRecord
+
+if TYPE_CHECKING:
+    from sd3tune.trainer import Trainer
+
+
+def progress(trainer: Trainer, n: int | None = None) -> Generator[Record, None, None]:
+    """The records of ``trainer.run(n)``, with the progress shown while they pass."""
+    return _in_notebook(trainer, n) if _has_front_end() else _in_terminal(trainer, n)
+
+
+def _has_front_end() -> bool:
+    """Whether an IPython kernel is showing this (imported already, if so)."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _in_notebook(trainer: Trainer, n: int | None) -> Generator[Record, None, None]:
+    from IPython.display import Markdown, display
+
+    handle = display(Markdown("starting"), display_id=True)
+    shown, line = 0.0, Line(trainer)
+    for record in trainer.run(n):
+        line.read(record)
+        if time.monotonic() - shown > 0.25:
+            handle.update(Markdown(line.text()))
+            shown = time.monotonic()
+        yield record
+    handle.update(Markdown(line.text()))
+
+
+def _in_terminal(trainer: Trainer, n: int | None) -> Generator[Record, None, None]:
+    from tqdm import tqdm
+
+    line = Line(trainer)
+    left = trainer.cache.plan.steps - trainer.steps_done
+    with tqdm(total=left if n is None else min(n, left), desc="training", unit="update") as bar:
+        for record in trainer.run(n):
+            line.read(record)
+            if isinstance(record, StepRecord):
+                bar.update()
+            bar.set_postfix_str(line.detail)
+            yield record
+
+
+class Line:
+    """The status line: what is going on, in words."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._seconds, self.detail = trainer, 0.0, "loading"
+
+    def read(self, record: Record) -> None:
+        """Take in one record."""
+        if isinstance(record, StepRecord):
+            self._seconds = 0.9 * self._seconds + 0.1 * record.seconds if self._seconds else record.seconds
+            self.detail = f"loss {record.loss:.4f}"
+        elif isinstance(record, PreviewRecord):
+            self.detail = f'drawing "{record.prompt}" {record.sampler_step}/{record.sampler_steps}'
+        else:
+            self.detail = record.type
+
+    def text(self) -> str:
+        """Such as ``step 41/300 · loss 0.6123 · 25 s left``."""
+        done, total = self._trainer.steps_done, self._trainer.cache.plan.steps
+        left = (total - done) * self._seconds
+        time_left = "" if done >= total or not left else " · " + (f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left")
+        return f"step {done}/{total} · {self.detail}{time_left}"

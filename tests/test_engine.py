@@ -1,0 +1,164 @@
+"""One update: its gradient, its limits, and that nothing changes when it fails."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sd3tune.errors import CheckpointError, TrainingError
+from sd3tune.training import flow, sigmas
+from sd3tune.training.batches import Batch, generator, noise
+from sd3tune.training.engine import Engine, Rules
+from sd3tune.training.optim import learning_rate
+
+RULES = Rules(
+    seed=5, accumulation=2, sigmoid_scale=1.0, shift=3.0, stratified=True, schedule="constant", warmup=0, total=10, max_grad_norm=1e9
+)
+
+
+class Toy(nn.Module):
+    """A velocity with two weights, named like an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([0.5, -0.25]))
+        self.b = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, noisy: Tensor, sigma: Tensor, joint: Tensor, pooled: Tensor) -> Tensor:
+        return self.a[0] * noisy + self.a[1] * sigma.view(-1, 1, 1, 1) + self.b
+
+
+class ToyBatches:
+    """Batch k has 2 images, except that every second one is short."""
+
+    def placements(self, k: int) -> tuple[Any, ...]:
+        return tuple(SimpleNamespace() for _ in range(2 - k % 2))
+
+    def __getitem__(self, k: int) -> Batch:
+        count = len(self.placements(k))
+        latents = torch.stack([torch.full((4, 2, 2), float(k + i)) for i in range(count)])
+        return Batch(tuple(f"{k}.{i}" for i in range(count)), latents, torch.zeros(count, 1, 1), torch.zeros(count, 1))
+
+
+def engine(**changes: Any) -> tuple[Engine, Toy]:
+    toy = Toy()
+    weights = {"x.lora_A.weight": toy.a, "x.lora_B.weight": toy.b}
+    return Engine(toy, weights, ToyBatches(), Rules(**{**RULES.__dict__, **changes})), toy  # type: ignore[arg-type]
+
+
+def mean_loss(toy: Toy, ks: range) -> Tensor:
+    """The mean over all images of several batches, written out."""
+    losses = []
+    for k in ks:
+        batch = ToyBatches()[k]
+        sigma = sigmas.draw(len(batch.ids), scale=1.0, factor=3.0, stratified=True, rng=generator(5, k, 4))
+        losses.append(
+            flow.loss(
+                toy, batch.latent_BCHW, batch.joint_BLD, batch.pooled_BP, sigma_B=sigma,
+                noise_BCHW=noise(batch.latent_BCHW.shape, seed=5, k=k),
+            )
+        )  # fmt: skip
+    return torch.cat(losses).mean()
+
+
+def test_an_update_is_adamw_on_the_mean_over_all_its_images() -> None:
+    """Three updates of 2 + 1 images equal a hand-written loop with torch's AdamW on the mean of the 3 losses."""
+    made, toy = engine()
+    by_hand = Toy()
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=0.01)
+    for update in range(3):
+        record = made.update(peak_learning_rate=0.01)
+        loss = mean_loss(by_hand, range(2 * update, 2 * update + 2))
+        assert record.loss == pytest.approx(float(loss), rel=1e-5)
+        assert len(record.losses) == len(record.sigmas) == len(record.items) == 3
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(toy.a, by_hand.a, atol=1e-6)
+    assert torch.allclose(toy.b, by_hand.b, atol=1e-6)
+
+
+def test_gradient_norm_is_measured_before_clipping() -> None:
+    """The recorded norm is that of the whole gradient, and clipping scales the update's gradient to the limit."""
+    made, _ = engine(max_grad_norm=1e-3)
+    toy = Toy()
+    mean_loss(toy, range(2)).backward()
+    norm = math.hypot(*toy.a.grad.tolist(), float(toy.b.grad))  # type: ignore[union-attr, arg-type]
+    assert made.update(peak_learning_rate=0.01).grad_norm == pytest.approx(norm, rel=1e-5)
+    assert norm > 1e-3
+    clipped = math.hypot(*made.weights["x.lora_A.weight"].grad.tolist(), float(made.weights["x.lora_B.weight"].grad))  # type: ignore[union-attr, arg-type]
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    """The error names step, losses and items; weights, moments and the step number are as before, and the next try repeats it."""
+    made, toy = engine()
+    made.update(peak_learning_rate=0.01)
+    before = made.state_dict()
+    made.velocity = lambda *a: toy(*a) * float("nan")
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"step 2: the gradient is nan .*items \['2.0', '2.1', '3.0'\].*unchanged.*learning_rate"):
+            made.update(peak_learning_rate=0.01)
+    after = made.state_dict()
+    assert after["updates"] == before["updates"] == 1
+    for part in ("adapter", "optimizer"):
+        assert all(torch.equal(after[part][name], before[part][name]) for name in before[part])
+
+
+def test_ten_updates_that_move_nothing_are_an_error() -> None:
+    """A B that is still zero after 10 updates stops the run."""
+    made, toy = engine()
+    made.velocity = lambda noisy, *_: noisy * toy.a[0] + 0 * toy.b
+    with pytest.raises(TrainingError, match="adapter has not moved"):
+        for _ in range(10):
+            made.update(peak_learning_rate=0.01)
+    assert made.updates == 10
+
+
+def test_state_round_trip_continues_bitwise() -> None:
+    """2 + 2 updates through a state dict are the 4 updates."""
+    whole, _ = engine()
+    losses = [whole.update(peak_learning_rate=0.05).loss for _ in range(4)]
+    first, _ = engine()
+    halves = [first.update(peak_learning_rate=0.05).loss for _ in range(2)]
+    second, _ = engine()
+    second.load_state_dict(first.state_dict())
+    halves += [second.update(peak_learning_rate=0.05).loss for _ in range(2)]
+    assert halves == losses
+    assert all(torch.equal(whole.state_dict()["optimizer"][k], v) for k, v in second.state_dict()["optimizer"].items())
+
+
+def test_a_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
+    """The message counts and names the differing weights."""
+    made, toy = engine()
+    state = made.state_dict()
+    state["adapter"] = {"y.lora_A.weight": torch.zeros(2), "x.lora_B.weight": torch.tensor(9.0)}
+    with pytest.raises(CheckpointError, match=r"2 weights differ, e\.g\. x\.lora_A"):
+        made.load_state_dict(state)
+    assert float(toy.b) == 0
+
+
+def test_measuring_the_time_changes_nothing() -> None:
+    """``seconds_per_update`` leaves no gradient and no trace in the next update."""
+    made, _ = engine()
+    plain, _ = engine()
+    assert made.seconds_per_update() > 0
+    assert all(w.grad is None for w in made.weights.values())
+    assert made.update(peak_learning_rate=0.01).losses == plain.update(peak_learning_rate=0.01).losses
+
+
+@pytest.mark.parametrize(
+    ("schedule", "update", "expected"),
+    [
+        ("constant", 0, 1.0), ("constant_with_warmup", 0, 0.1), ("constant_with_warmup", 9, 1.0), ("constant_with_warmup", 99, 1.0),
+        ("cosine", 4, 0.5), ("cosine", 10, 1.0), ("cosine", 60, 0.5), ("cosine", 110, 0.0),
+    ],
+)  # fmt: skip
+def test_learning_rate_schedule(schedule: str, update: int, expected: float) -> None:
+    """Warm-up of 10 is linear; cosine is half way down in the middle and zero at the end of 110."""
+    assert learning_rate(update, peak=1.0, schedule=schedule, warmup=10, total=110) == pytest.approx(expected)

@@ -1,0 +1,116 @@
+"""The adapter file: verified when written, and the same picture in another program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workbench
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sd3tune as st
+from sd3tune import playground
+from sd3tune.models import components
+from sd3tune.models.lora_files import verify_lora
+
+STOCK = """
+import json, sys, torch
+from diffusers import StableDiffusion3Pipeline
+base, lora, out, prompt, seed = sys.argv[1:]
+pipeline = StableDiffusion3Pipeline.from_pretrained(base, torch_dtype=torch.float32)
+wanted = {n.removeprefix("transformer.") for n in __import__("safetensors").safe_open(lora, "pt").keys()}
+pipeline.load_lora_weights(lora)
+loaded = {n.replace(".default_0.", ".") for n, _ in pipeline.transformer.named_parameters() if "lora_" in n}
+assert not any(m.startswith("sd3tune") for m in sys.modules), "this process must not know sd3tune"
+print(json.dumps({"missing": sorted(loaded - wanted), "unexpected": sorted(wanted - loaded), "count": len(loaded)}))
+pipeline.set_progress_bar_config(disable=True)
+pipeline(prompt, num_inference_steps=3, guidance_scale=3.0, width=64, height=64, max_sequence_length=16,
+         generator=torch.Generator().manual_seed(int(seed))).images[0].save(out)
+"""
+
+
+@pytest.mark.parametrize("alpha", [16.0, 4.0])
+def test_stock_diffusers_draws_the_trainers_own_picture(bench: Workbench, tmp_path: Path, alpha: float) -> None:
+    """A fresh process with diffusers alone: no missing and no unexpected key, and the validation picture to 2/255."""
+    trainer = bench.trainer(lora_alpha=alpha, lr_warmup_steps=0)
+    base = np.asarray(trainer.validate().rows[0][1][0], dtype=int)
+    for _ in range(12):
+        trainer.step()
+    trainer.validate()
+    trainer.save(tmp_path / "lora.safetensors")
+    out = tmp_path / "stock.png"
+    arguments = [str(playground.MODEL), str(tmp_path / "lora.safetensors"), str(out), "lock", str(trainer.config.validation_seed)]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"missing": [], "unexpected": [], "count": 144}
+    own = np.asarray(Image.open(trainer.folder.images(12) / "00.png"), dtype=int)
+    stock = np.asarray(Image.open(out), dtype=int)
+    assert np.abs(own - stock).max() <= 2
+    assert np.abs(own - base).max() > 8, "the adapter must have changed the picture for this test to mean anything"
+
+
+def test_alpha_is_folded_into_b(bench: Workbench, tmp_path: Path) -> None:
+    """With alpha 4 at rank 16 the file's B is a quarter of the trainer's, A is untouched, alpha = rank is declared."""
+    trainer = bench.trainer(lora_alpha=4.0)
+    for _ in range(3):
+        trainer.step()
+    path = tmp_path / "lora.safetensors"
+    assert trainer.save(path) == 144
+    written, own = load_file(path), trainer.state_dict()["adapter"]
+    for name, tensor in own.items():
+        factor = 0.25 if ".lora_B." in name else 1.0
+        assert torch.equal(written["transformer." + name], tensor * factor)
+    with __import__("safetensors").safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    declared = json.loads(metadata["lora_adapter_metadata"])
+    assert declared["transformer.r"] == declared["transformer.lora_alpha"] == 16
+    assert (metadata["sd3tune.alpha"], metadata["sd3tune.rank"]) == ("4.0", "16")
+
+
+def test_verification_notices_every_kind_of_damage(bench: Workbench, tmp_path: Path) -> None:
+    """A changed value, a missing tensor, a foreign name and a wrong shape are each an error that names the tensor."""
+    trainer = bench.trainer()
+    for _ in range(2):
+        trainer.step()
+    path = tmp_path / "lora.safetensors"
+    trainer.save(path)
+    good = load_file(path)
+    skeleton = components.skeleton(trainer.config)
+
+    def verify(tensors: dict[str, torch.Tensor]) -> int:
+        save_file(tensors, path)
+        return verify_lora(path, good, skeleton, targets="attention", rank=16)
+
+    assert verify(good) == len(good) == 144
+    name = "transformer.transformer_blocks.3.attn.to_q.lora_B.weight"
+    with pytest.raises(st.CheckpointError, match=f"{name} does not read back"):
+        verify({**good, name: good[name] + 1e-7})
+    with pytest.raises(st.CheckpointError, match="1 names do not fit"):
+        verify({k: v for k, v in good.items() if k != name})
+    with pytest.raises(st.CheckpointError, match="1 names do not fit"):
+        verify({**good, "transformer.other.lora_A.weight": torch.zeros(2)})
+    with pytest.raises(st.CheckpointError, match=f"{name} does not read back"):
+        verify({**good, name: good[name][:, :8].contiguous()})
+
+
+def test_a_save_that_does_not_verify_is_not_kept(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier file stays when the new one reads back wrong."""
+    import safetensors.torch
+
+    trainer = bench.trainer()
+    path = tmp_path / "lora.safetensors"
+    trainer.save(path)
+    before = path.read_bytes()
+    trainer.step()
+    real = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda held, *rest: real({k: v * 1.001 for k, v in held.items()}, *rest))
+    with pytest.raises(st.CheckpointError, match="does not read back as it was written"):
+        trainer.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

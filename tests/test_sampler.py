@@ -1,0 +1,108 @@
+"""Validation pictures are what stock diffusers draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import sd3tune as st
+from sd3tune import playground
+from sd3tune.cache.builder import Text
+from sd3tune.models import components
+from sd3tune.validation.sampler import Guidance, decode, sample, start_noise
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(playground.MODEL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_texts(stock: Any, prompt: str) -> tuple[Text, Text]:
+    """Positive and negative embeddings as the stock pipeline makes them."""
+    positive, negative, pooled, negative_pooled = stock.encode_prompt(prompt, None, None, max_sequence_length=16)
+    return Text(positive[0], pooled[0]), Text(negative[0], negative_pooled[0])
+
+
+CASES = [
+    (1.0, (), 64, 64), (4.0, (), 64, 64), (4.0, (7, 8, 9), 64, 64), (3.0, (), 80, 48), (5.5, (0, 11), 48, 80),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scale", "layers", "width", "height"), CASES)
+def test_sampler_equals_stock_pipeline_bit_for_bit(stock: Any, scale: float, layers: tuple[int, ...], width: int, height: int) -> None:
+    """Same embeddings, same seed: the same latent to the last bit, with and without guidance and skip-layer guidance."""
+    positive, negative = stock_texts(stock, "lock")
+    common = {"num_inference_steps": 8, "guidance_scale": scale, "width": width, "height": height, "output_type": "latent"}
+    expected = stock(
+        prompt_embeds=positive.joint_LD[None], pooled_prompt_embeds=positive.pooled_P[None], negative_prompt_embeds=negative.joint_LD[None],
+        negative_pooled_prompt_embeds=negative.pooled_P[None], generator=torch.Generator().manual_seed(3),
+        skip_guidance_layers=list(layers) or None, skip_layer_guidance_stop=0.6, **common,
+    ).images  # fmt: skip
+    noise = start_noise((16, height // 8, width // 8), 3, torch.float32)
+    guidance = Guidance(scale, layers, skip_stop=0.6)
+    walk = sample(stock.transformer, stock.scheduler, positive=positive, negative=negative, noise_BCHW=noise, steps=8, guidance=guidance)
+    steps = []
+    while True:
+        try:
+            steps.append(next(walk))
+        except StopIteration as finished:
+            got = finished.value
+            break
+    assert steps == list(range(1, 9))
+    assert torch.equal(got, expected)
+    if layers:
+        assert guidance.active_steps(8) == (1, 2, 3, 4)
+
+
+def test_active_steps_of_the_recommended_setting() -> None:
+    """30 steps, 0.01 to 0.2: steps 1 to 5; 28 steps: also 1 to 5; without guidance none."""
+    assert Guidance(4.0, (7, 8, 9)).active_steps(30) == (1, 2, 3, 4, 5)
+    assert Guidance(4.0, (7, 8, 9)).active_steps(28) == (1, 2, 3, 4, 5)
+    assert Guidance(1.0, (7, 8, 9)).active_steps(30) == ()
+
+
+def test_decoding_equals_stock_pipeline(stock: Any) -> None:
+    """The picture of a latent is the stock pipeline's picture."""
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    raw = latent / stock.vae.config.scaling_factor + stock.vae.config.shift_factor
+    with torch.no_grad():
+        expected = stock.image_processor.postprocess(stock.vae.decode(raw, return_dict=False)[0], output_type="pil")[0]
+    assert decode(stock.vae, latent)[0].tobytes() == expected.tobytes()
+
+
+def test_encoders_agree_with_stock_pipeline(stock: Any) -> None:
+    """Cached states are the stock pipeline's prompt embeddings, for captions and for the empty text."""
+    config = st.presets.playground()
+    with st.encoders(config).load() as loaded:
+        got = loaded.encode_texts(["lock", "", "an unusually long caption that goes far beyond sixteen tokens in every tokenizer"])
+    for states, prompt in zip(got, ["lock", ""], strict=False):
+        expected, *_ = stock.encode_prompt(prompt, None, None, max_sequence_length=16, do_classifier_free_guidance=False)
+        joint = torch.cat([torch.nn.functional.pad(states.clip_LD, (0, states.t5_LD.shape[1] - states.clip_LD.shape[1])), states.t5_LD])
+        assert torch.allclose(joint, expected[0], atol=1e-5)
+    pooled = stock.encode_prompt("lock", None, None, max_sequence_length=16)[2]
+    assert torch.allclose(got[0].pooled_P, pooled[0], atol=1e-5)
+
+
+def test_latents_are_scaled_as_the_vae_config_says(stock: Any) -> None:
+    """(z - shift) * scale of the posterior's mean; decoding it gives the picture back to 25 dB."""
+    from PIL import Image
+
+    from sd3tune.data.images import read_rgb
+
+    picture = read_rgb(playground.PICTURES / "train" / "key.png").resize((64, 64), Image.Resampling.LANCZOS)
+    config = st.presets.playground()
+    with st.encoders(config).load() as loaded:
+        latent = loaded.encode_images([picture])
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 64, 64, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        z = stock.vae.encode(pixels).latent_dist.mode()
+    assert torch.allclose(latent, (z - stock.vae.config.shift_factor) * stock.vae.config.scaling_factor, atol=1e-5)
+    back = decode(components.load_vae(config, torch.device("cpu")), latent)[0]
+    restored = torch.frombuffer(bytearray(back.tobytes()), dtype=torch.uint8).float() / 255
+    original = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() / 255
+    assert -10 * float((restored - original).square().mean().log10()) > 25

@@ -1,0 +1,313 @@
+"""The run as a whole: resume is the same run, kills lose nothing, steering is written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workbench
+
+import sd3tune as st
+from sd3tune.run_folder import RunFolder, follow_segments, read_lines
+
+KEYS = ("step", "loss", "losses", "sigmas", "items", "learning_rate", "grad_norm")
+
+
+def updates(trainer: st.Trainer, n: int) -> list[dict[str, Any]]:
+    """What n updates did, without the times."""
+    return [{key: getattr(r, key) for key in KEYS} for r in (trainer.step() for _ in range(n))]
+
+
+def same_state(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Bitwise equality of adapter, moments and step number."""
+    parts = all(
+        one[part].keys() == other[part].keys() and all(torch.equal(one[part][k], other[part][k]) for k in one[part])
+        for part in ("adapter", "optimizer")
+    )
+    return parts and one["updates"] == other["updates"]
+
+
+def test_a_resumed_run_is_the_run_it_resumes(bench: Workbench) -> None:
+    """30 updates = 15 + resume + 15 = 10 + resume + 10 + resume + 10: adapter, moments, losses and data order, bit for bit."""
+    whole = bench.trainer(lora_dropout=0.1)
+    expected = updates(whole, 30)
+    for parts in ((15, 15), (10, 10, 10)):
+        trainer = bench.trainer(lora_dropout=0.1)
+        got: list[dict[str, Any]] = []
+        for number, count in enumerate(parts):
+            if number:
+                trainer.checkpoint()
+                trainer = st.Trainer.resume(trainer.folder.path)
+            got += updates(trainer, count)
+        assert got == expected
+        assert same_state(trainer.state_dict(), whole.state_dict())
+
+
+KILLED = """
+import sys, torch
+torch.set_num_threads(1)
+import sd3tune as st
+config = st.RunConfig.load(sys.argv[1])
+cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
+for record in st.Trainer(config, cache).run():
+    pass
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, pytest.param(0.35, marks=pytest.mark.full), pytest.param(0.9, marks=pytest.mark.full)])
+def test_kill_nine_loses_nothing_before_the_last_checkpoint(bench: Workbench, tmp_path: Path, delay: float) -> None:
+    """A run killed with SIGKILL after its first checkpoint resumes there and ends as an undisturbed one."""
+    settings: dict[str, Any] = {"checkpoint_step_interval": 4, "max_train_steps": 16, "validation_prompt": (), "eval_loss_disable": True}
+    config = bench.config(**settings)
+    bench.cache(config)
+    config.save(tmp_path / "run.yaml")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), str(bench.datasets)], env=environment)
+    folder = RunFolder(Path(config.run.output_dir))
+    deadline = time.monotonic() + 120
+    while not folder.checkpoints() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    trainer = st.Trainer.resume(folder.path)
+    assert trainer.steps_done % 4 == 0
+    for _ in trainer.run():
+        pass
+    undisturbed = bench.trainer(**settings)
+    for _ in undisturbed.run():
+        pass
+    assert same_state(trainer.state_dict(), undisturbed.state_dict())
+    counted = [row["step"] for row in trainer.folder.read_history() if row["type"] == "step"]
+    assert counted == list(range(1, 17))
+
+
+def test_a_checkpoint_that_was_damaged_is_passed_over(bench: Workbench) -> None:
+    """A flipped byte is noticed; the one before is used; with none left the message lists what is wrong."""
+    trainer = bench.trainer()
+    updates(trainer, 2)
+    trainer.checkpoint()
+    updates(trainer, 1)
+    newest = Path(trainer.checkpoint().path) / "adapter.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    assert st.Trainer.resume(trainer.folder.path).steps_done == 2
+    for checkpoint in trainer.folder.checkpoints():
+        (checkpoint / "optimizer.safetensors").unlink()
+    with pytest.raises(st.CheckpointError, match="no checkpoint to resume from; damaged: step-000003"):
+        st.Trainer.resume(trainer.folder.path)
+
+
+def test_resume_refuses_other_pictures(bench: Workbench) -> None:
+    """A plan with another batch size is not the run."""
+    trainer = bench.trainer()
+    trainer.checkpoint()
+    other = bench.config(train_batch_size=3)
+    with pytest.raises(st.CheckpointError, match="not those of the run"):
+        st.Trainer.resume(trainer.folder.path, bench.cache(other))
+
+
+def test_resume_needs_a_run_folder(tmp_path: Path) -> None:
+    """A wrong path is named."""
+    with pytest.raises(st.CheckpointError, match="not a run folder"):
+        st.Trainer.resume(tmp_path)
+
+
+def test_a_whole_run_leaves_what_the_contract_names(bench: Workbench) -> None:
+    """Records in order, files in place, pictures carry their settings, old checkpoints go."""
+    trainer = bench.trainer(max_train_steps=12, checkpoint_step_interval=3, checkpoints_total_limit=2, validation_steps=6, eval_steps_interval=6)
+    records = list(trainer.run())
+    kinds = [r.type for r in records if r.type not in ("preview", "step")]
+    judged = ["eval", "image", "image"]
+    assert kinds == ["notice", *judged, "checkpoint", "checkpoint", *judged, "checkpoint", "checkpoint", "checkpoint", *judged]
+    assert [r.step for r in records if r.type == "step"] == list(range(1, 13))
+    folder = trainer.folder
+    for path in (folder.lora, folder.grid, folder.loss_chart, folder.history, folder.config, folder.manifest, folder.log):
+        assert path.stat().st_size > 0
+    assert [p.name for p in folder.checkpoints()] == ["step-000009", "step-000012"]
+    assert st.RunConfig.load(folder.config) == trainer.config
+    from PIL import Image
+
+    with Image.open(folder.images(12) / "00.png") as picture:
+        described = json.loads(picture.info["sd3tune"])
+    assert described["prompt"] == "lock"
+    assert described["settings"]["validation_num_inference_steps"] == 3
+    assert described == json.loads((folder.images(12) / "00.json").read_text())
+    assert trainer.grid().rows[0][0] == "base model"
+    assert [label for label, _ in trainer.grid().rows] == ["base model", "LoRA, step 12", "reference"]
+    assert not list(trainer.run())
+    listed = st.runs(folder.path.parent)
+    assert any(row.path == folder.path and row.step == 12 and row.finished for row in listed)
+
+
+def test_manifest_says_what_was_found(bench: Workbench) -> None:
+    """Counts, captions word for word, measured formats, cache hits."""
+    manifest = bench.trainer().manifest
+    assert (manifest.images_found, manifest.images_used, manifest.images_held_out) == (16, 12, 4)
+    assert manifest.first_captions == ("aubergine", "auto rickshaw", "automobile")
+    assert dict(manifest.dtypes) == dict.fromkeys(("base", "adapter", "latents", "texts"), "float32")
+    assert manifest.trainable_tensors == 144
+    assert manifest.trainable_parameters == 72 * 2 * 16 * 160
+    assert manifest.cache_misses + manifest.cache_hits == 16 + len({"", "lock", "croissant"} | {*_captions(bench)})
+    assert '"auto rickshaw"' in str(manifest)
+    assert "12 images, batch 2" in manifest.sentence
+
+
+def _captions(bench: Workbench) -> list[str]:
+    return [p.read_text().strip() for p in bench.datasets.parent.rglob("*.txt")]
+
+
+def test_run_folders_are_never_overwritten(bench: Workbench) -> None:
+    """The same output_dir twice gives a second, numbered folder."""
+    config = bench.config()
+    first, second = (st.Trainer(config, bench.cache(config)).folder.path for _ in range(2))
+    assert second == first.with_name(first.name + "-2")
+
+
+def test_settings_change_while_training_and_are_written_down(bench: Workbench) -> None:
+    """Learning rate and SLG take effect at the next update; what cannot change is refused with a reason; resume keeps it."""
+    trainer = bench.trainer(lr_scheduler="constant")
+    trainer.step()
+    assert not trainer.set(learning_rate=5e-4, validation_guidance_skip_layers=(7, 8)).refused
+    assert trainer.step().learning_rate == 5e-4
+    assert trainer.set(lora_rank=4).refused == "lora_rank cannot change while training"
+    assert "beyond this model's blocks, 0 to 11" in trainer.set(validation_guidance_skip_layers=(12,)).refused
+    assert "learning_rate: -1" in trainer.set(learning_rate=-1.0).refused
+    trainer.checkpoint()
+    resumed = st.Trainer.resume(trainer.folder.path)
+    assert resumed.step().learning_rate == 5e-4
+    assert resumed.config.validation.validation_guidance_skip_layers == (7, 8)
+    commands = [row for row in resumed.folder.read_history() if row["type"] == "command"]
+    assert commands[0]["value"] == {"learning_rate": 5e-4, "validation_guidance_skip_layers": [7, 8]}
+
+
+def test_interrupting_an_update_finishes_it_first(bench: Workbench) -> None:
+    """Ctrl-C in the middle of an update: the update is whole and in the history, and the next one goes on as if nothing was."""
+    trainer, undisturbed = bench.trainer(), bench.trainer()
+    velocity = trainer.engine.velocity
+
+    def interrupted(*given: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return velocity(*given)
+
+    trainer.engine.velocity = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    trainer.engine.velocity = velocity
+    assert trainer.steps_done == 1
+    assert [row["step"] for row in trainer.folder.read_history() if row["type"] == "step"] == [1]
+    updates(trainer, 1)
+    updates(undisturbed, 2)
+    assert same_state(trainer.state_dict(), undisturbed.state_dict())
+
+
+def test_evaluation_is_always_the_same_number(bench: Workbench) -> None:
+    """Fixed noise and levels, no dropout: twice the same, whatever the run's seed; training changes it; B = 0 is the base."""
+    trainer = bench.trainer(lora_dropout=0.5, caption_dropout_probability=1.0)
+    first = trainer.evaluate()
+    assert trainer.evaluate() == first
+    assert bench.trainer(seed=7).evaluate().loss == first.loss
+    assert first.images == 4
+    assert len(first.losses_by_sigma) == len(first.sigmas) == 2
+    updates(trainer, 2)
+    assert trainer.evaluate().loss != first.loss
+
+
+def test_validation_does_not_disturb_training(bench: Workbench) -> None:
+    """Pictures and evaluations between updates leave every later update as it was."""
+    plain, watched = bench.trainer(), bench.trainer()
+    expected = updates(plain, 4)
+    got = updates(watched, 2)
+    watched.validate()
+    watched.evaluate()
+    got += updates(watched, 2)
+    assert got == expected
+
+
+def test_a_torn_history_is_read_and_continued(bench: Workbench) -> None:
+    """The half line of a killed run is left out, and the next record does not stick to it."""
+    trainer = bench.trainer()
+    updates(trainer, 2)
+    trainer.checkpoint()
+    with trainer.folder.history.open("a") as file:
+        file.write('{"type": "step", "st')
+    resumed = st.Trainer.resume(trainer.folder.path)
+    updates(resumed, 1)
+    assert [row["step"] for row in resumed.folder.read_history() if row["type"] == "step"] == [1, 2, 3]
+
+
+def test_segments_replace_what_their_parent_did_later() -> None:
+    """After resuming from step 2, the first run's step 3 no longer counts."""
+    rows = [{"type": "step", "step": n, "segment": 0} for n in (1, 2, 3)]
+    rows += [{"type": "segment", "step": 2, "from_step": 2, "segment": 1}, {"type": "step", "step": 3, "segment": 1}]
+    assert [(r["step"], r["segment"]) for r in follow_segments(rows) if r["type"] == "step"] == [(1, 0), (2, 0), (3, 1)]
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_half(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC while saving: FileError with advice, the earlier checkpoint still reads, no draft is left."""
+    import errno
+
+    import safetensors.torch
+
+    trainer = bench.trainer()
+    updates(trainer, 1)
+    trainer.checkpoint()
+    updates(trainer, 1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(st.FileError, match=r"the disk is full; free some space"):
+            trainer.checkpoint()
+        with pytest.raises(st.FileError, match=r"the disk is full"):
+            trainer.save(trainer.folder.lora)
+    assert not trainer.folder.lora.exists()
+    assert not [p for p in trainer.folder.path.rglob("*") if p.name.endswith(".tmp")]
+    assert trainer.folder.read_checkpoint()["updates"] == 1
+
+
+def test_an_output_folder_that_is_a_file_is_one_message(bench: Workbench, tmp_path: Path) -> None:
+    """A file where the folder should be."""
+    (tmp_path / "taken").write_text("")
+    config = bench.config(output_dir=str(tmp_path / "taken" / "run"))
+    with pytest.raises(st.FileError, match="a file stands where a folder is needed"):
+        st.Trainer(config, bench.cache(config))
+
+
+def test_history_lines_carry_time_and_segment(bench: Workbench) -> None:
+    """Every line says when, and of which segment it is."""
+    trainer = bench.trainer()
+    updates(trainer, 1)
+    (row,) = read_lines(trainer.folder.history)
+    assert row["segment"] == 0
+    assert abs(row["time"] - time.time()) < 60
+
+
+def test_quantised_base_trains_and_saves(bench: Workbench) -> None:
+    """int8-quanto: most base weights are qint8, the adapter is fp32, updates change it, the file verifies."""
+    trainer = bench.trainer(base_model_precision="int8-quanto")
+    formats = dict(trainer.manifest.dtypes)
+    assert formats["base"].startswith("qint8")
+    assert formats["adapter"] == "float32"
+    updates(trainer, 3)
+    assert trainer.save(trainer.folder.lora) == 144
+
+
+def test_bf16_trains_with_an_fp32_adapter(bench: Workbench) -> None:
+    """mixed_precision: bf16 keeps the adapter and the moments in fp32."""
+    trainer = bench.trainer(mixed_precision="bf16")
+    updates(trainer, 2)
+    assert dict(trainer.manifest.dtypes)["base"] == "bfloat16"
+    assert {t.dtype for t in trainer.state_dict()["adapter"].values()} == {torch.float32}
+    assert {t.dtype for t in trainer.state_dict()["optimizer"].values()} == {torch.float32}

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -28,12 +29,17 @@ def main() -> None:
     parser.add_argument("npm", type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--model", type=Path, default=playground.MODEL)
-    parser.add_argument("--t5-length", type=int, default=16, help="16 as trained; 256 is what a stock call without max_sequence_length uses")
+    parser.add_argument(
+        "--t5-length", type=int, default=16, help="16 as trained; 256 is what a stock call without max_sequence_length uses"
+    )
     parser.add_argument("--sheet", type=Path, help="write the first 48 pictures here")
     options = parser.parse_args()
     torch.set_num_threads(2)
     config = st.RunConfig.make(
-        pretrained_model_name_or_path=str(options.model), mixed_precision="no", tokenizer_max_length=options.t5_length, validation_resolution="64"
+        pretrained_model_name_or_path=str(options.model),
+        mixed_precision="no",
+        tokenizer_max_length=options.t5_length,
+        validation_resolution="64",
     )
     device = components.pick_device()
     emoji = pictures.read(options.npm)
@@ -55,7 +61,7 @@ def main() -> None:
             transformer, scheduler, positive=joined(states), negative=empty, steps=20, guidance=Guidance(3.0),
             noise_BCHW=start_noise((16, 8, 8), seed, torch.float32).to(device),
         )  # fmt: skip
-        picture = decode(vae, finish(walk))[0]
+        picture = decode(vae, deque(walk, maxlen=1)[0][1])[0]
         distance_N = torch.cdist(latents(vae, pictures.pixels([picture]).to(device)).flatten(1), known_BN)[0]
         rank = int((distance_N < distance_N[i]).sum())
         first, five = first + (rank == 0), five + (rank < 5)
@@ -80,14 +86,6 @@ def joined(states: TextStates) -> Text:
 
 def latents(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return autoencoder.moments(vae, pixels)[0]
-
-
-def finish(walk: object) -> torch.Tensor:
-    while True:
-        try:
-            next(walk)  # type: ignore[call-overload]
-        except StopIteration as finished:
-            return finished.value  # type: ignore[no-any-return]
 
 
 def sheet(drawn: list[Image.Image], emoji: list[pictures.Emoji], path: Path) -> None:

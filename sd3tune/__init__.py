@@ -36,8 +36,9 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError", "ModelError",
-    "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "encoders", "plan", "presets", "runs",
+    "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
+    "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "encoders",
+    "plan", "presets", "runs",
 ]  # fmt: skip
 
 

@@ -93,7 +93,9 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config, plan = _made_plan(options)
         builder = st.CacheBuilder(plan, st.encoders(config))
-        for _ in tqdm(builder, desc="encoding", unit="entry", total=len(plan.texts) + len({p.item.pixels for p in plan.train + plan.evaluation})):
+        for _ in tqdm(
+            builder, desc="encoding", unit="entry", total=len(plan.texts) + len({p.item.pixels for p in plan.train + plan.evaluation})
+        ):
             pass
         trainer = st.Trainer(config, builder.build())
     print(trainer.manifest)

@@ -19,6 +19,10 @@ ADVICE = {
     errno.EACCES: "you may not write there; choose another place with run.output_dir or run.cache_dir",
     errno.EPERM: "you may not write there; choose another place with run.output_dir or run.cache_dir",
     errno.EROFS: "that file system is read-only; choose another place with run.output_dir or run.cache_dir",
+    errno.EFBIG: "the file would be larger than this file system or your limits (ulimit -f) allow; choose another place",
+    errno.ENAMETOOLONG: "the name is too long for that file system; choose a shorter one",
+    errno.EISDIR: "a folder stands where a file is needed; move it away, or choose another place",
+    errno.ENOTEMPTY: "there is already something there; move it away, or choose another place",
     errno.ENOTDIR: "a file stands where a folder is needed; move it away, or choose another place",
     errno.EEXIST: "a file stands where a folder is needed; move it away, or choose another place",
 }
@@ -69,7 +73,11 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put ``data`` at ``path``, whole or not at all. Raises: FileError."""
-    write_with(path, lambda draft: draft.write_bytes(data) and None)
+
+    def write(draft: Path) -> None:
+        draft.write_bytes(data)
+
+    write_with(path, write)
 
 
 def write_text(path: Path, text: str) -> None:

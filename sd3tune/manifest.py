@@ -46,10 +46,13 @@ class Manifest:
         cut = f", {len(self.captions_truncated)} truncated" if self.captions_truncated else ", none truncated"
         lines = [
             self.sentence,
-            f"images    {self.images_found} found, {self.images_used} to train on, {self.images_held_out} held out, {len(self.refused)} refused",
+            f"images    {self.images_found} found, {self.images_used} to train on, {self.images_held_out} held out, "
+            f"{len(self.refused)} refused",
             f"captions  {self.captions_found} found, {self.captions_empty} empty{cut}",
             *(f'          "{caption}"' for caption in self.first_captions),
-            "buckets   " + ", ".join(f"{name}: {count}" for name, count in self.buckets) + f"; {self.updates_per_epoch:.4g} updates per epoch",
+            "buckets   "
+            + ", ".join(f"{name}: {count}" for name, count in self.buckets)
+            + f"; {self.updates_per_epoch:.4g} updates per epoch",
             f"adapter   {self.trainable_tensors} tensors, {self.trainable_parameters:,} parameters on {self.device}",
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
@@ -106,5 +109,5 @@ def describe(
         dtypes=dtypes,
         cache_hits=cache.hits,
         cache_misses=cache.misses,
-        datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),  # type: ignore[call-overload]
+        datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),
     )

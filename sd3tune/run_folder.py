@@ -73,12 +73,14 @@ class RunFolder:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def write_checkpoint(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> tuple[Path, int]:
+    def write_checkpoint(
+        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+    ) -> tuple[Path, int]:
         """Write ``adapter`` and ``optimizer`` tensors and, last, ``state.json`` with their digests; then drop the oldest.
 
         Returns the checkpoint's folder and its number of tensors. Raises: FileError.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = self.path / "checkpoints" / f"step-{step:06d}"
         if folder.exists():  # the same step of a run that was resumed from before it: the same bits, written again
@@ -87,7 +89,7 @@ class RunFolder:
             digests = {}
             for name, held in tensors.items():
                 file = draft / f"{name}.safetensors"
-                save_file({key: value.contiguous() for key, value in held.items()}, file)
+                file.write_bytes(save({key: value.contiguous() for key, value in held.items()}))  # save_file would hide a full disk
                 digests[file.name] = file_digest(file)
             (draft / "state.json").write_text(json.dumps({**state, "sha256": digests}, indent=1) + "\n")
         write_text(self.path / "checkpoints" / "latest.json", json.dumps({"step": step, "folder": folder.name}) + "\n")

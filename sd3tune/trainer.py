@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.cache.builder import Cache, CacheBuilder
-from sd3tune.config.reading import LEAVES
-from sd3tune.config.schema import SECTION_CLASSES, RunConfig
+from sd3tune.config.reading import is_live
+from sd3tune.config.schema import RunConfig
 from sd3tune.data.buckets import Plan, plan
 from sd3tune.data.catalog import Dataset, from_datasets
 from sd3tune.errors import CheckpointError, ConfigError, TrainingError
@@ -272,14 +272,6 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if asked:
         raise KeyboardInterrupt
-
-
-def is_live(name: str) -> bool:
-    """Whether a setting may change while training."""
-    if name not in LEAVES:
-        return False
-    extra = SECTION_CLASSES[LEAVES[name]].__pydantic_fields__[name].json_schema_extra  # type: ignore[attr-defined]
-    return bool(extra["live"])
 
 
 def rules_of(config: RunConfig, made: Plan) -> Rules:

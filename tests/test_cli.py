@@ -73,9 +73,7 @@ def test_wrong_usage_exits_with_two() -> None:
 def test_settings_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Name, default, unit, meaning."""
     assert main(["settings", "warmup"]) == 0
-    assert capsys.readouterr().out.strip() == (
-        "optimizer.lr_warmup_steps = 20 [updates]: Updates over which the rate rises from zero."
-    )
+    assert capsys.readouterr().out.strip() == ("optimizer.lr_warmup_steps = 20 [updates]: Updates over which the rate rises from zero.")
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(bench: Workbench, tmp_path: Path) -> None:
@@ -93,7 +91,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(bench: Workbench, tmp_path: Path) ->
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))
 
 
-def test_a_bad_log_level_is_one_message(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_log_level_is_one_message(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SD3TUNE_LOG_LEVEL=LOUD names the legal levels."""
     monkeypatch.setenv("SD3TUNE_LOG_LEVEL", "LOUD")
     assert main(arguments(bench, tmp_path / "run")) == 1

@@ -89,9 +89,7 @@ def test_draws_have_the_logit_normal_distribution() -> None:
     """Unshifted quartiles are sigmoid(-0.674), 1/2, sigmoid(0.674), stratified or not."""
     for stratified in (False, True):
         values = [
-            v
-            for k in range(2000)
-            for v in sigmas.draw(4, scale=1.0, factor=1.0, stratified=stratified, rng=generator(1, k)).tolist()
+            v for k in range(2000) for v in sigmas.draw(4, scale=1.0, factor=1.0, stratified=stratified, rng=generator(1, k)).tolist()
         ]
         expected = [1 / (1 + math.exp(0.6745)), 0.5, 1 / (1 + math.exp(-0.6745))]
         assert statistics.quantiles(values, n=4) == pytest.approx(expected, abs=0.012)

@@ -46,7 +46,9 @@ def test_stock_diffusers_draws_the_trainers_own_picture(bench: Workbench, tmp_pa
     trainer.save(tmp_path / "lora.safetensors")
     out = tmp_path / "stock.png"
     arguments = [str(playground.MODEL), str(tmp_path / "lora.safetensors"), str(out), "lock", str(trainer.config.validation_seed)]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1]) == {"missing": [], "unexpected": [], "count": 144}
     own = np.asarray(Image.open(trainer.folder.images(12) / "00.png"), dtype=int)
@@ -108,8 +110,8 @@ def test_a_save_that_does_not_verify_is_not_kept(bench: Workbench, tmp_path: Pat
     trainer.save(path)
     before = path.read_bytes()
     trainer.step()
-    real = safetensors.torch.save_file
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda held, *rest: real({k: v * 1.001 for k, v in held.items()}, *rest))
+    real = safetensors.torch.save
+    monkeypatch.setattr(safetensors.torch, "save", lambda held, *rest: real({k: v * 1.001 for k, v in held.items()}, *rest))
     with pytest.raises(st.CheckpointError, match="does not read back as it was written"):
         trainer.save(path)
     assert path.read_bytes() == before

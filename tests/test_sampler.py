@@ -46,13 +46,8 @@ def test_sampler_equals_stock_pipeline_bit_for_bit(stock: Any, scale: float, lay
     noise = start_noise((16, height // 8, width // 8), 3, torch.float32)
     guidance = Guidance(scale, layers, skip_stop=0.6)
     walk = sample(stock.transformer, stock.scheduler, positive=positive, negative=negative, noise_BCHW=noise, steps=8, guidance=guidance)
-    steps = []
-    while True:
-        try:
-            steps.append(next(walk))
-        except StopIteration as finished:
-            got = finished.value
-            break
+    walked = list(walk)
+    steps, got = [step for step, _ in walked], walked[-1][1]
     assert steps == list(range(1, 9))
     assert torch.equal(got, expected)
     if layers:

@@ -76,16 +76,15 @@ class Cache:
     def latent(self, placement: Placement) -> Tensor:
         """Scaled latent C H W. Raises: CacheError."""
         key = latent_key(placement.item.pixels, placement.geometry, self._latent_mark)
-        return self._store.read("latents", key)["latent_CHW"]
+        return self._store.read("latents", key, ["latent_CHW"])[0]
 
     def text(self, caption: str) -> Text:
         """Joint states L D, CLIP padded to T5's width and put before it as SD3 does, and pooled P. Raises: CacheError."""
         import torch
 
-        stored = self._store.read("texts", text_key(caption, self._text_mark))
-        clip_LD, t5_LD = stored["clip_LD"], stored["t5_LD"]
+        clip_LD, t5_LD, pooled_P = self._store.read("texts", text_key(caption, self._text_mark), TextStates._fields)
         clip_LD = torch.nn.functional.pad(clip_LD, (0, t5_LD.shape[-1] - clip_LD.shape[-1]))
-        return Text(torch.cat([clip_LD, t5_LD]), stored["pooled_P"])
+        return Text(torch.cat([clip_LD, t5_LD]), pooled_P)
 
 
 class _Job(NamedTuple):
@@ -135,8 +134,8 @@ class CacheBuilder:
         if broken:
             listed = "\n  ".join(broken)
             raise DataError(
-                f"{len(broken)} pictures cannot be decoded, though their headers could be read; replace them or move them out of "
-                f"the folder, and build again (all others are cached):\n  {listed}"
+                f"{len(broken)} picture{'s' * (len(broken) > 1)} cannot be decoded, though the header could be read; replace it or move "
+                f"it out of the folder, and build again (all others are cached):\n  {listed}"
             )
 
     def _text_groups(self) -> list[tuple[str, list[_Job]]]:

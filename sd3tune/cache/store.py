@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3tune.errors import CacheError
-from sd3tune.files import write_with
+from sd3tune.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,21 +29,23 @@ class Store:
 
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor], group: int) -> None:
         """Put an entry in place; ``group`` is the number encoded together. Raises: FileError."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_with(self.path(kind, key), lambda draft: save_file(held, draft, {"key": key, "group": str(group)}))
+        # Not `save_file`: it hides a full disk in a SafetensorError, and has a temporary file of its own.
+        # One piece of metadata, because safetensors writes several in an order that changes from call to call.
+        write_bytes(self.path(kind, key), save(held, {"entry": f"{key} of {group}"}))
 
-    def read(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry. Raises: CacheError when it is missing or damaged."""
+    def read(self, kind: str, key: str, names: Sequence[str]) -> list[Tensor]:
+        """The named tensors of an entry. Raises: CacheError when it is missing or damaged."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(kind, key)
         try:
             with safe_open(path, framework="pt") as opened:
-                if (opened.metadata() or {}).get("key") != key:
+                if (opened.metadata() or {}).get("entry", "").split(" ")[0] != key:
                     raise CacheError(f"{path}: this file is another entry; delete it and build the cache again")
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                return [opened.get_tensor(name) for name in names]
         except (FileNotFoundError, IsADirectoryError):
             raise CacheError(f"{path}: not encoded yet; iterate the CacheBuilder to its end") from None
         except (SafetensorError, OSError) as error:

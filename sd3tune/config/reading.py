@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ REFUSED = {
 }
 
 
+NOT_YAML = (YAMLError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What ruamel.yaml raises for text that it cannot read; the last seven for wrong tags and deep nesting."""
+
+
 def nearest(name: str, known: list[str]) -> str:
     """A clause that names the most similar known name, if one is similar."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -37,38 +42,35 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError([f"there is no such file; the working folder is {Path.cwd()}"], str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError([f"cannot be read as text: {error}"], str(path)) from None
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError) as error:
-        raise ConfigError(["not valid YAML: " + " ".join(str(error).split())], str(path)) from None
+    except NOT_YAML as error:
+        raise ConfigError(["not valid YAML: " + (" ".join(str(error).split()) or type(error).__name__)], str(path)) from None
 
 
 def load(path: Path) -> RunConfig:
     """Read a configuration file, following ``extends``. Raises: ConfigError."""
-    return build(_read_layers(path), str(path))
+    return _finish(*_read_layers(path), str(path))
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[str]]:
+    content = read_yaml(path)
     if path.resolve() in seen:
         raise ConfigError(["extends goes round in a circle"], str(path))
-    content = read_yaml(path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(["the file is not a mapping of settings"], str(path))
     base = content.pop("extends", None)
+    flat, problems = _flatten(content)
     if base is None:
-        return content
+        return flat, problems
     if not isinstance(base, str):
         raise ConfigError(["extends must name one file"], str(path))
-    below = _read_layers(path.parent / base, (*seen, path.resolve()))
-    flat, problems = _flatten(below)
-    over, more = _flatten(content)
-    if problems or more:
-        raise ConfigError([*problems, *more], str(path))
-    return {**flat, **over}
+    below, more = _read_layers(path.parent / base, (*seen, path.resolve()))
+    return {**below, **flat}, [*(f"{base}: {p}" for p in more), *problems]
 
 
 def _flatten(settings: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -82,8 +84,10 @@ def _flatten(settings: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"unknown section {section!r}{nearest(section, list(SECTION_CLASSES))}")
         elif name in REFUSED:
             problems.append(REFUSED[name])
+        elif name in SECTION_CLASSES and name not in LEAVES:
+            problems.append(f"{name} is a section: write its settings under it")
         elif name not in LEAVES or (section and LEAVES[name] != section):
-            known = [n for n, s in LEAVES.items() if not section or s == section]
+            known = [n for n, s in LEAVES.items() if not section or s == section] + ([] if section else list(SECTION_CLASSES))
             problems.append(f"unknown setting {shown!r}{nearest(name, known)}")
         elif name in flat:
             problems.append(f"{name} is set twice")
@@ -91,7 +95,7 @@ def _flatten(settings: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
             flat[name] = tuple(value) if isinstance(value, list) else value
 
     for key, value in settings.items():
-        name = str(key)
+        name = key if isinstance(key, str) else _shown(key)
         if name in SECTION_CLASSES and isinstance(value, dict):
             for leaf, leaf_value in value.items():
                 put(name, str(leaf), leaf_value)
@@ -103,6 +107,15 @@ def _flatten(settings: dict[Any, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             put(None, name, value)
     return flat, problems
+
+
+def _shown(value: Any) -> str:
+    """A value as it may stand in a sentence."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _construct(flat: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
@@ -117,32 +130,76 @@ def _construct(flat: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
             for one in error.errors():
                 leaf = str(one["loc"][0])
                 wanted = one["msg"].removeprefix("Input should be ")
-                bad.setdefault(leaf, f"{leaf}: {values[leaf]!r} is not allowed: it should be {wanted}")
+                bad.setdefault(leaf, f"{leaf}: {_shown(values[leaf])} is not allowed: it should be {wanted}")
             made[section] = cls(**{name: value for name, value in values.items() if name not in bad})
     return RunConfig(**made), bad
 
 
 def build(settings: dict[str, Any], where: str = "the configuration") -> RunConfig:
     """Check settings and make a configuration of them. Raises: ConfigError with every problem at once."""
+    return _finish(*_flatten(settings), where)
+
+
+def replaced(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The same with other values for some settings. Raises: ConfigError with every problem at once."""
     flat, problems = _flatten(settings)
+    return _finish({**config.leaves(), **flat}, problems, "the configuration")
+
+
+def _finish(flat: dict[str, Any], problems: list[str], where: str) -> RunConfig:
     config, bad = _construct(flat)
     # Cross-field rules run even after field errors, over what is left, so that one report names everything.
-    problems += bad.values()
-    problems += [p for p in check(config) if not any(leaf in p for leaf in bad)]
-    if problems:
-        raise ConfigError(problems, where)
+    found = [*problems, *bad.values()]
+    found += [p for p in check(config) if not any(re.search(rf"\b{leaf}\b", p) for leaf in bad)]
+    if found:
+        raise ConfigError(found, where)
     return config
 
 
 def dump(config: RunConfig) -> str:
     """The configuration as grouped YAML, every setting written out."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     plain = {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         for section, values in dataclasses.asdict(config).items()
     }
+    text = _as_yaml(plain, escaped=False)
+    return text if "\x85" not in text else _as_yaml(plain, escaped=True)  # ruamel.yaml does not escape this line end by itself
+
+
+def _as_yaml(plain: dict[str, Any], *, escaped: bool) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = not escaped
     stream = io.StringIO()
     yaml.dump(plain, stream)
     return stream.getvalue()
+
+
+def is_live(name: str) -> bool:
+    """Whether a setting may change while training."""
+    if name not in LEAVES:
+        return False
+    return bool(SECTION_CLASSES[LEAVES[name]].__pydantic_fields__[name].json_schema_extra["live"])  # type: ignore[attr-defined]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``"learning_rate=5e-5"`` as name and value, read like a YAML value. Raises: ConfigError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError([f"{text!r} is not NAME=VALUE"], "--set")
+    try:
+        return name.strip(), YAML(typ="safe", pure=True).load(value)
+    except NOT_YAML:
+        raise ConfigError([f"{text!r}: the value is not valid YAML"], "--set") from None
+
+
+def describe_settings() -> list[str]:
+    """One line for each setting: name, default, meaning, unit, and whether it may change while training."""
+    lines = []
+    for section, cls in SECTION_CLASSES.items():
+        for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+            extra = field.json_schema_extra
+            unit, live = f" [{extra['unit']}]" if extra["unit"] else "", "; may change while training" if extra["live"] else ""
+            lines.append(f"{section}.{name} = {field.default!r}{unit}: {field.description}{live}")
+    return lines

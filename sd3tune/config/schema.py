@@ -16,6 +16,8 @@ from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """``true`` is not a number of steps, and ``"8"`` is not 8."""
+MANY = 10_000_000
+"""Upper end of counts that nothing else limits."""
 
 
 def about(
@@ -43,7 +45,7 @@ class Adapter:
     """The part that learns."""
 
     lora_rank: Annotated[int, about("Rank of the two factors of each weight change.", low=1, high=1024)] = 16
-    lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0)] = None
+    lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0, high=1e5)] = None
     lora_dropout: Annotated[float, about("Share of the adapter's inputs set to zero while training.", low=0, high=0.9)] = 0.0
     lora_targets: Annotated[Literal["attention"], about("Which linear layers get an adapter.")] = "attention"
 
@@ -81,19 +83,21 @@ class Optimizer:
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "cosine"], about("Course of the learning rate; the last two warm up.")
     ] = "constant_with_warmup"
-    lr_warmup_steps: Annotated[int, about("Updates over which the rate rises from zero.", low=0, unit="updates")] = 20
-    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0)] = 1.0
+    lr_warmup_steps: Annotated[int, about("Updates over which the rate rises from zero.", low=0, high=MANY, unit="updates")] = 20
+    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0, high=1_000_000)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Schedule:
     """How long, and how often to save."""
 
-    max_train_steps: Annotated[int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, unit="updates")] = None
-    num_train_epochs: Annotated[int | None, about("Passes over the data, instead of updates.", low=1, unit="epochs")] = None
+    max_train_steps: Annotated[
+        int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, high=MANY, unit="updates")
+    ] = None
+    num_train_epochs: Annotated[int | None, about("Passes over the data, instead of updates.", low=1, high=MANY, unit="epochs")] = None
     seed: Annotated[int, about("Everything random about batch k is a function of this and k.", low=0, high=2**32 - 1)] = 42
-    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, unit="updates")] = 250
-    checkpoints_total_limit: Annotated[int, about("Newest checkpoints that are kept.", low=1)] = 3
+    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, high=MANY, unit="updates")] = 250
+    checkpoints_total_limit: Annotated[int, about("Newest checkpoints that are kept.", low=1, high=MANY)] = 3
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -106,10 +110,13 @@ class Validation:
     validation_guidance: Annotated[float, about("Classifier-free guidance scale; 1 is none.", low=0, high=30, live=True)] = 3.0
     validation_num_inference_steps: Annotated[int, about("Steps of the sampler.", low=1, high=1000, live=True)] = 28
     validation_seed: Annotated[int | None, about("Seed of the pictures' noise; the run's when left out.", low=0, high=2**32 - 1)] = None
-    validation_steps: Annotated[int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, unit="updates")] = 100
+    validation_steps: Annotated[
+        int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, high=MANY, unit="updates")
+    ] = 100
     validation_shift: Annotated[float, about("Shift of the sampler's noise levels.", above=0, high=20)] = 3.0
     validation_guidance_skip_layers: Annotated[
-        tuple[int, ...] | None, about("Blocks left out in skip-layer guidance; none switches it off.", live=True)
+        tuple[Annotated[int, Field(ge=0, le=999)], ...] | None,
+        about("Blocks left out in skip-layer guidance; none switches it off.", live=True),
     ] = None
     validation_guidance_skip_layers_start: Annotated[
         float, about("Share of the steps after which skip-layer guidance begins.", low=0, high=1, live=True)
@@ -124,8 +131,10 @@ class Validation:
 class Evaluation:
     """The loss on held-out pictures (data sets of ``dataset_type: eval``)."""
 
-    eval_steps_interval: Annotated[int, about("Updates between evaluations; 0 at the start and the end only.", low=0, unit="updates")] = 0
-    num_eval_images: Annotated[int, about("Held-out pictures that are used.", low=1, unit="images")] = 4
+    eval_steps_interval: Annotated[
+        int, about("Updates between evaluations; 0 at the start and the end only.", low=0, high=MANY, unit="updates")
+    ] = 0
+    num_eval_images: Annotated[int, about("Held-out pictures that are used.", low=1, high=MANY, unit="images")] = 4
     eval_timesteps: Annotated[int, about("Fixed noise levels at which each picture is judged.", low=1, high=1000)] = 28
     eval_loss_disable: Annotated[bool, about("Leave the evaluation loss out.")] = False
 
@@ -175,9 +184,9 @@ class RunConfig:
 
     def replace(self, **settings: Any) -> RunConfig:
         """The same with other values for some leaf names. Raises: ConfigError."""
-        from sd3tune.config.reading import build
+        from sd3tune.config.reading import replaced
 
-        return build({**self.leaves(), **settings})
+        return replaced(self, settings)
 
     def leaves(self) -> dict[str, Any]:
         """Every leaf name with its value."""
@@ -247,7 +256,7 @@ def check(config: RunConfig) -> list[str]:
         problems.append(f"validation_resolution: {error}")
     layers = validation.validation_guidance_skip_layers
     if layers is not None:
-        if not layers or min(layers) < 0 or len(set(layers)) != len(layers):
+        if not layers or len(set(layers)) != len(layers):
             problems.append(f"validation_guidance_skip_layers: {list(layers)} is not a list of different block numbers from 0")
         if validation.validation_guidance <= 1:
             problems.append(

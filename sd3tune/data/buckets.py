@@ -57,7 +57,7 @@ class Placement:
         return 1 - self.bucket.width * self.bucket.height / (width * height)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What will be encoded and trained on. What is shown here is what the cache and the batches then use."""
 
@@ -93,8 +93,8 @@ class Plan:
         times = self.steps / self.updates_per_epoch * len(self.train) / pictures
         batch = f"batch {self.batch_size}" + (f" x {self.accumulation}" if self.accumulation > 1 else "")
         text = (
-            f"{pictures} images, {batch}: {self.updates_per_epoch:.4g} updates per epoch, {self.steps:,} updates = "
-            f"each image {times:.3g} times"
+            f"{pictures} images, {batch}: {_number(self.updates_per_epoch)} updates per epoch, {self.steps:,} updates = "
+            f"each image {_number(times)} times"
         )
         if seconds_per_update is None:
             return text
@@ -102,20 +102,32 @@ class Plan:
         return f"{text}, about " + (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min")
 
     def __str__(self) -> str:
-        lines = [self.sentence(), f"held out: {len(self.evaluation)} images; texts to encode: {len(self.texts)}", "bucket     images  cut away"]
+        lines = [
+            self.sentence(),
+            f"held out: {len(self.evaluation)} images; texts to encode: {len(self.texts)}",
+            "bucket     images  cut away",
+        ]
         for bucket, count in self.buckets.items():
             cut = [p.cropped for p in self.train if p.bucket == bucket]
             lines.append(f"{bucket!s:10} {count:6}  {sum(cut) / len(cut):7.1%}")
         lines += [f"refused: {p.path}: {p.reason}" for p in self.catalog.problems]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
 
 
+def _number(value: float) -> str:
+    """One decimal place where there is something to show, two below one."""
+    return f"{value:,.{2 if value < 1 else 1}f}".removesuffix(".0")
+
+
 def buckets(resolution: int, alignment: int, *, max_aspect: float = MAX_ASPECT) -> tuple[Bucket, ...]:
     """All sizes of at most ``resolution``² pixels whose sides are multiples of ``alignment`` and at most 2 : 1."""
-    found = set()
+    side = resolution // alignment * alignment
+    found = {Bucket(side, side)} if side else set()
     for width in range(alignment, int(resolution * math.sqrt(max_aspect)) + 1, alignment):
         height = resolution * resolution // width // alignment * alignment
         if height and max(width, height) <= max_aspect * min(width, height):
@@ -153,11 +165,10 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
     alignment = config.data.aspect_bucket_alignment
     train = [p for i in catalog.items if i.dataset.dataset_type == "image" for p in place(i, alignment)]
     evaluation = [place(i, alignment)[0] for i in catalog.items if i.dataset.dataset_type == "eval"]
-    if config.evaluation.eval_loss_disable:
-        evaluation = []
+    evaluation = [] if config.evaluation.eval_loss_disable else evaluation[: config.evaluation.num_eval_images]
     texts = {p.item.caption for p in (*train, *evaluation)} | {*config.prompts, config.validation.validation_negative_prompt, ""}
     made = Plan(
-        train=tuple(train), evaluation=tuple(evaluation[: config.evaluation.num_eval_images]), texts=tuple(sorted(texts)), catalog=catalog,
+        train=tuple(train), evaluation=tuple(evaluation), texts=tuple(sorted(texts)), catalog=catalog,
         batch_size=config.data.train_batch_size, accumulation=config.data.gradient_accumulation_steps, steps=0,
         cache_dir=config.run.cache_dir, vae_batch_size=config.data.vae_batch_size, text_batch_size=config.data.text_encoder_batch_size,
     )  # fmt: skip

@@ -54,7 +54,7 @@ class Problem:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Catalog:
     """What `discover` found, in order of data set and path."""
 
@@ -73,6 +73,8 @@ class Catalog:
             lines.append(f"without a caption: {len(self.missing_captions)}, the first is {self.missing_captions[0]}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return f"<pre>{escape(str(self))}</pre>"
 
@@ -87,13 +89,14 @@ def discover(source: str | Path) -> Catalog:
         entries = [Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(path))]
         return from_datasets(entries)
     if path.suffix.lower() not in (".yaml", ".yml"):
-        raise DataError(f"{path}: no such folder (from {Path.cwd()}); give a folder of pictures or a datasets.yaml")
+        what = "is a file, not a folder" if path.exists() else f"no such folder (from {Path.cwd()})"
+        raise DataError(f"{path}: {what}; give a folder of pictures or a datasets.yaml")
     return from_datasets(read_datasets(path), beside=path.parent)
 
 
 def from_datasets(datasets: Sequence[Dataset], *, beside: Path = Path()) -> Catalog:
     """The catalog of entries already read; relative folders are looked for in ``beside``. Raises: DataError."""
-    return _catalog([dataclasses.replace(d, instance_data_dir=str((beside / d.instance_data_dir).resolve())) for d in datasets])  # type: ignore[type-var]
+    return _catalog([dataclasses.replace(d, instance_data_dir=str((beside / d.instance_data_dir).resolve())) for d in datasets])
 
 
 def read_datasets(path: Path) -> list[Dataset]:
@@ -106,7 +109,7 @@ def read_datasets(path: Path) -> list[Dataset]:
     for number, row in enumerate(content, start=1):
         name = f"data set {row.get('id', number)!r}"
         rows: dict[str, Any] = {str(k): v for k, v in row.items()}
-        known = [f.name for f in dataclasses.fields(Dataset)]  # type: ignore[arg-type]
+        known = [f.name for f in dataclasses.fields(Dataset)]
         problems += [f"{name}: unknown key {k!r}{nearest(k, known)}" for k in rows if k not in known]
         try:
             found.append(Dataset(**{k: v for k, v in rows.items() if k in known}))

@@ -17,7 +17,7 @@ def lora_config(targets: str, *, rank: int, alpha: float, dropout: float = 0.0) 
     """peft's description of the adapter."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGETS[targets]), init_lora_weights=True)  # type: ignore[arg-type]
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGETS[targets]), init_lora_weights=True)
 
 
 def add_lora(transformer: Any, targets: str, *, rank: int, alpha: float, dropout: float, seed: int) -> dict[str, nn.Parameter]:

@@ -21,19 +21,27 @@ from sd3tune.models.adapters import TARGETS, file_name, lora_config
 PREFIX = "transformer."
 
 
-def save_lora(path: Path, weights: Mapping[str, Tensor], *, targets: str, rank: int, alpha: float, skeleton: Any, notes: Mapping[str, str]) -> int:
+def save_lora(
+    path: Path, weights: Mapping[str, Tensor], *, targets: str, rank: int, alpha: float, skeleton: Any, notes: Mapping[str, str]
+) -> int:
     """Write an adapter and verify the file. Returns the number of tensors, all of them compared.
 
     Raises: CheckpointError when the file does not fit the model or does not hold what was written; FileError.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folded = {PREFIX + name: _folded(name, tensor, alpha / rank) for name, tensor in weights.items()}
     declared = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": list(TARGETS[targets])}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(declared), "sd3tune.rank": str(rank), "sd3tune.alpha": repr(alpha), **notes}
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(declared),
+        "sd3tune.rank": str(rank),
+        "sd3tune.alpha": repr(alpha),
+        **notes,
+    }
 
     def write(draft: Path) -> None:
-        save_file(folded, draft, metadata)
+        draft.write_bytes(save(folded, metadata))  # save_file would hide a full disk
         compared = verify_lora(draft, folded, skeleton, targets=targets, rank=rank)
         if compared != len(folded):
             raise CheckpointError(f"{path}: {len(folded)} tensors were written but {compared} compared; the file was not kept")

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-EXCLUDED = ("*norm_out*", "*norm_q*", "*norm_k*", "*norm_added_q*", "*norm_added_k*", "pos_embed*", "time_text_embed*", "context_embedder*", "proj_out*")
+EXCLUDED = (
+    "*norm_out*",
+    "*norm_q*",
+    "*norm_k*",
+    "*norm_added_q*",
+    "*norm_added_k*",
+    "pos_embed*",
+    "time_text_embed*",
+    "context_embedder*",
+    "proj_out*",
+)
 """Left in the model's own format: norms, embedders and the last projection. The AdaLN linears are quantised."""
 
 

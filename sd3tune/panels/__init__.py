@@ -1,0 +1,8 @@
+"""Panels for notebooks: they read public objects and send commands."""
+
+from __future__ import annotations
+
+from sd3tune.panels.training import TrainingPanel
+from sd3tune.progress import progress
+
+__all__ = ["TrainingPanel", "progress"]

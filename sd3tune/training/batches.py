@@ -58,11 +58,12 @@ class Batches:
 
     def __init__(self, cache: Cache, *, seed: int, caption_dropout: float) -> None:
         self._cache, self._seed, self._dropout = cache, seed, caption_dropout
+        self._length = cache.plan.batches_per_epoch
         self._epoch = lru_cache(maxsize=2)(lambda epoch: epoch_order(cache.plan, seed, epoch))
 
     def placements(self, k: int) -> tuple[Placement, ...]:
         """What batch ``k`` holds."""
-        epoch, position = divmod(k, self._cache.plan.batches_per_epoch)
+        epoch, position = divmod(k, self._length)
         return self._epoch(epoch)[position]
 
     def dropped(self, k: int) -> tuple[bool, ...]:

@@ -93,9 +93,7 @@ class Engine:
                 f"step {step}: the gradient is {grad_norm} (losses {[round(v, 4) for v in losses]}, items {list(items)}). The adapter "
                 "is unchanged. Lower learning_rate, or look at these items with the catalog."
             )
-        rate = learning_rate(
-            self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total
-        )
+        rate = learning_rate(self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self.updates = step
@@ -136,7 +134,9 @@ class Engine:
         """Ten updates must have moved every B away from zero."""
         still = [name for name, weight in self.weights.items() if ".lora_B." in name and not weight.detach().any()]
         if len(still) == sum(".lora_B." in name for name in self.weights):
-            raise TrainingError("after 10 updates the adapter has not moved at all: no gradient reaches it; this is a defect, please report it")
+            raise TrainingError(
+                "after 10 updates the adapter has not moved at all: no gradient reaches it; this is a defect, please report it"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Adapter, optimizer moments and updates done: all that an update reads and that is not a function of (config, cache, k)."""
@@ -147,7 +147,8 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo `state_dict`. Raises: CheckpointError when the state is of another adapter; nothing is changed then."""
         adapter: Mapping[str, Tensor] = state["adapter"]
-        differing = {n for n in set(adapter) | set(self.weights) if n not in adapter or n not in self.weights or adapter[n].shape != self.weights[n].shape}  # fmt: skip
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        differing = {name for name, _ in {(n, t.shape) for n, t in adapter.items()} ^ set(shapes.items())}
         if differing:
             raise CheckpointError(f"the checkpoint is of another adapter: {len(differing)} weights differ, e.g. {min(differing)}")
         with torch.no_grad():

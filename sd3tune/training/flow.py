@@ -14,7 +14,8 @@ from torch import Tensor
 class Velocity(Protocol):
     """Anything that predicts d(latent) / d(sigma): the transformer, or a stand-in in a test."""
 
-    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor: ...
+    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor:
+        """The velocity B C H W at these points."""
 
 
 def mix(latent_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
@@ -28,9 +29,7 @@ def target(latent_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     return noise_BCHW - latent_BCHW
 
 
-def loss(
-    velocity: Velocity, latent_BCHW: Tensor, joint_BLD: Tensor, pooled_BP: Tensor, *, sigma_B: Tensor, noise_BCHW: Tensor
-) -> Tensor:
+def loss(velocity: Velocity, latent_BCHW: Tensor, joint_BLD: Tensor, pooled_BP: Tensor, *, sigma_B: Tensor, noise_BCHW: Tensor) -> Tensor:
     """Mean squared error of the predicted velocity, one number per image; the true velocity has loss 0.
 
     Noise and sigma come in as arguments, so that training, evaluation and tests share this function.

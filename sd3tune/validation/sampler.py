@@ -6,7 +6,7 @@ time, so every tensor begins with a batch of 1 (or 2: negative, positive).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,8 @@ def start_noise(shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> T
 
 def sample(
     transformer: Any, scheduler: Any, *, positive: Text, negative: Text, noise_BCHW: Tensor, steps: int, guidance: Guidance
-) -> Generator[int, None, Tensor]:
-    """Walk from noise to a latent; yields the number of finished steps, returns the latent 1 C H W."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Walk from noise to a latent; yields the number of finished steps with the latent 1 C H W so far."""
     device, dtype = noise_BCHW.device, noise_BCHW.dtype
     guided = guidance.scale > 1
     texts = [negative, positive] if guided else [positive]
@@ -75,8 +75,7 @@ def sample(
                     skipped = predict(latent_BCHW, t, joint_BLD[1:], pooled_BP[1:], list(guidance.skip_layers))
                     velocity = velocity + (with_text - skipped) * guidance.skip_scale
             latent_BCHW = scheduler.step(velocity, t, latent_BCHW, return_dict=False)[0]
-        yield step + 1
-    return latent_BCHW
+        yield step + 1, latent_BCHW
 
 
 @torch.no_grad()

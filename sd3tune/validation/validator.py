@@ -40,20 +40,14 @@ class Validator:
         make_folder(folder.images(step))
         for number, (prompt, (width, height)) in enumerate(cells(config)):
             noise_BCHW = start_noise((channels, height // factor, width // factor), config.validation_seed, dtype).to(self._device)
-            walk = sample(
+            for done, latent_BCHW in sample(  # noqa: B007 (the last one is decoded)
                 self._transformer, scheduler, positive=self._cache.text(prompt), negative=negative, noise_BCHW=noise_BCHW, steps=steps,
                 guidance=guidance,
-            )  # fmt: skip
-            while True:
-                try:
-                    done = next(walk)
-                except StopIteration as finished:
-                    latent_BCHW = finished.value
-                    break
+            ):  # fmt: skip
                 yield PreviewRecord(step=step, prompt=prompt, sampler_step=done, sampler_steps=steps)
             record = ImageRecord(
-                step=step, prompt=prompt, path=str(picture_path(folder, step, number)), seed=config.validation_seed, width=width, height=height,
-                guidance=guidance.scale, skip_layers=guidance.skip_layers,
+                step=step, prompt=prompt, path=str(picture_path(folder, step, number)), seed=config.validation_seed, width=width,
+                height=height, guidance=guidance.scale, skip_layers=guidance.skip_layers,
             )  # fmt: skip
             write_picture(decode(self._vae, latent_BCHW)[0], record, config)
             yield record

@@ -124,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     shop = Workshop(options.npm, options.work)
-    steps = {"vae": options.vae_steps, "base": options.base_steps, "tiny": 1500, "scorer": 1200}
+    steps = {"vae": options.vae_steps, "base": options.base_steps, "tiny": 800, "scorer": 700}
     makers = {"vae": make_vae, "base": make_base, "tiny": make_tiny, "scorer": make_scorer}
     for stage in filter(None, options.stages.split(",")):
         makers[stage](shop, steps[stage])

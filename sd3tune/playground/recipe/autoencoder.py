@@ -70,7 +70,7 @@ def train_vae(sets: list[Tensor], *, steps: int, batch: int = 16, peak: float = 
         error = y.float() - x
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * kl
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -83,7 +83,7 @@ def train_vae(sets: list[Tensor], *, steps: int, batch: int = 16, peak: float = 
 @torch.no_grad()
 def moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the posterior, B C H W, unscaled."""
-    parts = [vae.encode(chunk).latent_dist for chunk in pixels.split(64)]
+    parts = [vae.encode(chunk).latent_dist for chunk in torch.split(pixels, 64)]
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
@@ -98,7 +98,7 @@ def set_scale(vae: Any, mean: Tensor, std: Tensor) -> None:
 def psnr(vae: Any, pixels: Tensor) -> float:
     """Mean over the pictures of the peak signal-to-noise ratio in dB, from the posterior's mean."""
     values = []
-    for chunk in pixels.split(64):
+    for chunk in torch.split(pixels, 64):
         y = vae.decode(vae.encode(chunk).latent_dist.mode()).sample.clamp(-1, 1)
         values += [-10 * math.log10(float(e) / 4) for e in (y - chunk).square().flatten(1).mean(1)]
     return sum(values) / len(values)
@@ -119,7 +119,7 @@ def train_tiny(vae: Any, pixels: Tensor, *, steps: int, batch: int = 16, peak: f
         z = (raw - vae.config.shift_factor) * vae.config.scaling_factor
         # AutoencoderTiny maps [-1, 1] in encode itself; decode returns [-1, 1].
         loss = (tiny.decode(z).sample - x).square().mean() + 0.2 * (tiny.encode(x).latents - z).square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 200 == 199:

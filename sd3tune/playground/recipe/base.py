@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sd3tune.playground.recipe.autoencoder import cosine
 from sd3tune.playground.recipe.texts import CLIP_WIDTHS, LENGTH, T5_WIDTH, Encoders
@@ -72,7 +73,7 @@ def train(shapes: list[Shape], encoders: Encoders, out: Path, *, steps: int, bat
     torch.manual_seed(0)
     transformer = new_transformer()
     model = nn.ModuleList([transformer, encoders.encoders])
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     queues = [rows(s, batch, seed) for seed, s in enumerate(shapes)]
     started = time.monotonic()
@@ -103,7 +104,7 @@ def train(shapes: list[Shape], encoders: Encoders, out: Path, *, steps: int, bat
                 hidden_states=noisy_BCHW, timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD, pooled_projections=pooled_BP
             ).sample
         loss = (velocity_BCHW.float() - (noise_BCHW - latent_BCHW)).square().mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -112,8 +113,7 @@ def train(shapes: list[Shape], encoders: Encoders, out: Path, *, steps: int, bat
             print(f"base {step + 1}/{steps}  loss {float(loss.detach()):.4f}  {time.monotonic() - started:.0f} s", flush=True)
         if step % 500 == 499 or step == steps - 1:
             save(average.module, encoders, out)
-    transformer.load_state_dict(average.module[0].state_dict())
-    encoders.encoders.load_state_dict(average.module[1].state_dict())
+    model.load_state_dict(average.module.state_dict())
     return transformer.eval()
 
 

@@ -51,7 +51,7 @@ def train(pixels: Tensor, captions: list[str], tokenizer: Any, *, steps: int, ba
             out = model(input_ids=ids[rows], pixel_values=x)
         logits, target = out.logits_per_image.float(), torch.arange(batch)
         loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -59,9 +59,10 @@ class Encoders:
 
     def __call__(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Joint states B L D and pooled B P, put together as diffusers' pipeline does."""
-        outputs = [self.encoders[i](ids[i], output_hidden_states=True) for i in (0, 1)]
+        encoders: list[Any] = list(self.encoders)
+        outputs = [encoders[i](ids[i], output_hidden_states=True) for i in (0, 1)]
         clip_BLD = torch.cat([o.hidden_states[-2] for o in outputs], dim=-1)
-        t5_BLD = self.encoders[2](ids[2])[0]
+        t5_BLD = encoders[2](ids[2])[0]
         clip_BLD = nn.functional.pad(clip_BLD, (0, t5_BLD.shape[-1] - clip_BLD.shape[-1]))
         return torch.cat([clip_BLD, t5_BLD], dim=1), torch.cat([o[0] for o in outputs], dim=-1)
 

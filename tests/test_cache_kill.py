@@ -1,0 +1,129 @@
+"""A build that is killed ends, after another start, as one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sd3tune.playground import PICTURES
+
+SERVER = """
+import os, sys
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
+import sd3tune as st
+
+def build(datasets, cache_dir):
+    torch.set_num_threads(1)
+    config = st.presets.playground(cache_dir=cache_dir, validation_prompt=())
+    cache = st.CacheBuilder(st.plan(st.discover(datasets), config), st.encoders(config)).build()
+    for placement in cache.plan.train:
+        cache.latent(placement)
+        cache.text(placement.item.caption)
+    print("done", cache.hits, cache.misses, flush=True)
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        build(*line.split())
+        os._exit(0)
+    print("pid", pid, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+"""Pays for the imports once; each line of its input starts a process that builds."""
+
+
+class Builds:
+    """Builds in processes of their own, one at a time."""
+
+    def __init__(self, datasets: Path) -> None:
+        self.datasets = datasets
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, cache: Path) -> int:
+        """Begin a build. Returns its process id."""
+        assert self.server.stdin
+        print(self.datasets, cache, file=self.server.stdin, flush=True)
+        return int(self._answer()[1])
+
+    def end(self) -> tuple[int, tuple[int, int] | None]:
+        """Exit code, and (hits, misses) when the build came to its end."""
+        words, done = self._answer(), None
+        if words[0] == "done":
+            done, words = (int(words[1]), int(words[2])), self._answer()
+        return int(words[1]), done
+
+    def finish(self, cache: Path) -> tuple[int, int]:
+        """(hits, misses) of a build that is left alone and then reads every entry."""
+        self.start(cache)
+        code, done = self.end()
+        assert code == 0
+        assert done
+        return done
+
+    def _answer(self) -> list[str]:
+        assert self.server.stdout
+        return self.server.stdout.readline().split()
+
+
+def entries(cache: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*.safetensors") if not p.name.startswith(".")}
+
+
+def count(cache: Path) -> int:
+    return sum(1 for p in cache.rglob("*.safetensors") if not p.name.startswith("."))
+
+
+@pytest.fixture
+def builds(tmp_path: Path) -> Iterator[Builds]:
+    (tmp_path / "pots").mkdir()
+    for picture in sorted((PICTURES / "train").glob("*.png"))[:12]:
+        for file in (picture, picture.with_suffix(".txt")):
+            shutil.copy(file, tmp_path / "pots")
+    (tmp_path / "datasets.yaml").write_text("- {id: pots, instance_data_dir: pots, resolution: 64}\n")
+    made = Builds(tmp_path / "datasets.yaml")
+    with made.server:
+        yield made
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
+def test_killed_builds_end_bitwise_equal(tmp_path: Path, builds: Builds, kills: int) -> None:
+    """After SIGKILL at random moments of the writing, the cache is complete and equal in every bit to an undisturbed one."""
+    whole, cache = tmp_path / "whole", tmp_path / "killed"
+    hits, total = builds.finish(whole)
+    assert (hits, total) == (0, count(whole))
+    assert total == 25, "12 pictures, their captions and the empty text"
+
+    moment = random.Random(kills)
+    killed = 0
+    while killed < kills:
+        before, deadline = count(cache), time.monotonic() + 60
+        child = builds.start(cache)
+        while count(cache) == before:
+            assert time.monotonic() < deadline, "the build writes nothing"
+            time.sleep(0.001)
+        time.sleep(moment.uniform(0, 0.2))
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        code, _ = builds.end()
+        killed += code == -signal.SIGKILL and count(cache) < total
+        if count(cache) == total:  # too late: take some away, so that there is writing to interrupt
+            for name in moment.sample(sorted(entries(cache)), total // 2):
+                (cache / name).unlink()
+
+    hits, misses = builds.finish(cache)
+    assert hits + misses == total
+    assert misses > 0
+    assert entries(cache) == entries(whole)
+    assert builds.finish(cache) == (total, 0)

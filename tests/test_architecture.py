@@ -55,13 +55,13 @@ def test_modules_and_functions_stay_small() -> None:
 
 
 def test_no_module_level_mutable_state() -> None:
-    """Module-level names in lower case are functions and classes; the runner's weak registry is the only exception."""
+    """Module-level names are constants and types; the runner's weak registry is the only exception."""
     for path in MODULES:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign | ast.AnnAssign) and path.name != "runner.py":
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 names = [t.id for t in targets if isinstance(t, ast.Name)]
-                assert all(n.lstrip("_").isupper() or n.startswith("__") for n in names), f"{path}: {names}"
+                assert all(n.startswith("__") or n.lstrip("_")[0].isupper() for n in names), f"{path}: {names}"
     assert not [p for p in MODULES if re.search(r"^\s*global ", p.read_text(), re.M)]
 
 

@@ -31,7 +31,7 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
     assert main(arguments(bench, tmp_path / "runs" / "mine")) == 0
     out = capsys.readouterr().out
     assert f"adapter: {tmp_path / 'runs' / 'mine' / 'lora.safetensors'}" in out
-    assert "12 images, batch 4: 3 updates per epoch, 4 updates" in out
+    assert "12 images, batch 4: 4 updates per epoch, 4 updates = each image 1 times" in out
     assert main(["runs", str(tmp_path / "runs")]) == 0
     assert "mine  step 4" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "runs" / "mine")]) == 0
@@ -72,7 +72,7 @@ def test_wrong_usage_exits_with_two() -> None:
 
 def test_settings_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
     """Name, default, unit, meaning."""
-    assert main(["settings", "warmup"]) == 0
+    assert main(["settings", "lr_warmup"]) == 0
     assert capsys.readouterr().out.strip() == ("optimizer.lr_warmup_steps = 20 [updates]: Updates over which the rate rises from zero.")
 
 

@@ -126,7 +126,12 @@ def test_resume_needs_a_run_folder(tmp_path: Path) -> None:
 def test_a_whole_run_leaves_what_the_contract_names(bench: Workbench) -> None:
     """Records in order, files in place, pictures carry their settings, old checkpoints go."""
     trainer = bench.trainer(
-        max_train_steps=12, checkpoint_step_interval=3, checkpoints_total_limit=2, validation_steps=6, eval_steps_interval=6
+        validation_prompt=("lock", "aubergine"),
+        max_train_steps=12,
+        checkpoint_step_interval=3,
+        checkpoints_total_limit=2,
+        validation_steps=6,
+        eval_steps_interval=6,
     )
     records = list(trainer.run())
     kinds = [r.type for r in records if r.type not in ("preview", "step")]

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 import ipywidgets as widgets
 
-from sd3tune.config.reading import LEAVES, is_live
+from sd3tune.config.reading import LEAVES
 from sd3tune.config.schema import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
@@ -46,7 +46,7 @@ def field(name: str, value: Any) -> Any:
     elif all(isinstance(choice, str) for choice in get_args(kind)):
         made = widgets.Dropdown(options=get_args(kind), value=value, **look)
     else:
-        made = widgets.Text(value=shown(value), placeholder="off; 7, 8, 9 leaves these blocks out", continuous_update=False, **look)
+        made = widgets.Text(value=shown(value), placeholder="off, or 7, 8, 9", continuous_update=False, **look)
     setattr(made, "tooltip" if "tooltip" in made.traits() else "description_tooltip", hint(name))
     return made
 

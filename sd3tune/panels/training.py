@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
 from sd3tune.panels import charts, fields
 from sd3tune.runner import Runner
@@ -47,12 +48,13 @@ class TrainingPanel:
         self.fields: dict[str, Any] = {name: fields.field(name, leaves[name]) for name in fields.LABELS}
         self.buttons: dict[str, Any] = {name: widgets.Button(description=text) for name, text in BUTTONS.items()}
         self.status, self.note, self.chart, self.caption, self.log = (widgets.HTML() for _ in range(5))
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", height="auto", display="none"))
+        look = widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
+        self.picture = widgets.Image(format="png", layout=look)
         self.widget = self._layout()
         self._record: Any = None
         self._drawing, self._told = threading.Lock(), self.runner.snapshot.refusals
-        for name, button in self.buttons.items():
-            button.on_click(lambda _, name=name: self.press(name))
+        for name in BUTTONS:
+            self.buttons[name].on_click(lambda _, name=name: self.press(name))
         for one in self.fields.values():
             one.observe(lambda _: self.apply(), "value")
         if attached:
@@ -69,19 +71,17 @@ class TrainingPanel:
             self.start()
         else:
             self.runner.send(name)
-            self.refresh()
+        self.refresh()
 
     def start(self) -> None:
         """Start a run with the form's settings, or attach to the one that is going on in the same folder."""
         if not self.apply():
             return
         if not self.runner.snapshot.live:
-            self.runner = Runner.attach(self._key, self._maker(self.config))
-            self._told = self.runner.snapshot.refusals
+            self.runner, self._told = Runner.attach(self._key, self._maker(self.config)), 0
         self.runner.start()
         self._show_record("")
         self._follow()
-        self.refresh()
 
     def wait(self, timeout: float | None = None, until: Until = None) -> Snapshot:
         """Wait for the end, a state, a step, or a condition of the snapshot. Raises: what ended the run; TimeoutError."""
@@ -148,7 +148,7 @@ class TrainingPanel:
             for name, button in self.buttons.items():
                 button.disabled = not (name in LEGAL[now.state] or (name == "start" and now.state in TERMINAL))
             for name, one in self.fields.items():
-                one.disabled = now.live and not fields.is_live(name)
+                one.disabled = now.live and not is_live(name)
             if now.refusals != self._told:
                 self._told, self.config = now.refusals, now.config or self.config
                 self._say(f"Not done: {now.refused}", bad=True)
@@ -244,7 +244,7 @@ def log_text(now: Snapshot) -> str:
 
 def report(now: Snapshot) -> str:
     """A run that ended, as HTML that needs no kernel."""
-    grid = f'<img style="max-width:100%" alt="validation pictures" src="data:image/png;base64,{b64encode(now.grid).decode()}">'
+    grid = f'<img style="max-width:100%" alt="pictures" src="data:image/png;base64,{b64encode(now.grid).decode()}">'
     status = f'<p style="{_LOOK[now.state == "failed"]}">{escape(sentence(now))}</p>'
-    pictures = pictures_caption(now) + f"<div>{grid}</div>" if now.grid else ""
+    pictures = f"{pictures_caption(now)}<div>{grid}</div>" if now.grid else ""
     return f'<div style="max-width:1100px">{status}<div style="max-width:760px">{curve(now)}</div>{pictures}{log_text(now)}</div>'

@@ -32,7 +32,7 @@ def new_tiny() -> Any:
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
-        encoder_block_out_channels=(16, 16, 32, 32), decoder_block_out_channels=(32, 32, 16, 16), num_encoder_blocks=(1, 1, 1, 1),
+        encoder_block_out_channels=(24,) * 4, decoder_block_out_channels=(24,) * 4, num_encoder_blocks=(1, 1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1), latent_channels=16, scaling_factor=1.0, shift_factor=0.0,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def train_vae(sets: list[Tensor], *, steps: int, batch: int = 16, peak: float = 
         error = y.float() - x
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = error.square().mean() + 0.1 * error.abs().mean() + KL_WEIGHT * kl
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ def train_tiny(vae: Any, pixels: Tensor, *, steps: int, batch: int = 16, peak: f
         z = (raw - vae.config.shift_factor) * vae.config.scaling_factor
         # AutoencoderTiny maps [-1, 1] in encode itself; decode returns [-1, 1].
         loss = (tiny.decode(z).sample - x).square().mean() + 0.2 * (tiny.encode(x).latents - z).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 200 == 199:

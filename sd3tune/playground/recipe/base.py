@@ -104,7 +104,7 @@ def train(shapes: list[Shape], encoders: Encoders, out: Path, *, steps: int, bat
                 hidden_states=noisy_BCHW, timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD, pooled_projections=pooled_BP
             ).sample
         loss = (velocity_BCHW.float() - (noise_BCHW - latent_BCHW)).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -44,7 +44,7 @@ class Encoders:
 
     def save(self, folder: Path) -> None:
         """Write the six sub-folders of the diffusers layout."""
-        for suffix, tokenizer, encoder in zip(("", "_2", "_3"), self.tokenizers, self.encoders, strict=True):
+        for suffix, tokenizer, encoder in zip(("", "_2", "_3"), self.tokenizers, list[Any](self.encoders), strict=True):
             tokenizer.save_pretrained(folder / f"tokenizer{suffix}")
             encoder.save_pretrained(folder / f"text_encoder{suffix}")
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 import sd3tune as st
 from sd3tune import playground
-from sd3tune.cache.builder import Text, TextStates
 from sd3tune.models import components
 from sd3tune.playground.recipe import autoencoder, pictures
 from sd3tune.validation.sampler import Guidance, decode, sample, start_noise
@@ -44,25 +43,25 @@ def main() -> None:
     device = components.pick_device()
     emoji = pictures.read(options.npm)
     vae, transformer = components.load_vae(config, device), components.load_transformer(config, device).eval()
-    originals = pictures.pixels([pictures.on_white(e.noto) for e in emoji]).to(device)
+    originals = components.pixels([pictures.on_white(e.noto) for e in emoji]).to(device)
     known_BN = latents(vae, originals).flatten(1)
     print(f"autoencoder: {autoencoder.psnr(vae, originals):.2f} dB over {len(emoji)} pictures")
 
     chosen = random.Random(0).sample(range(len(emoji)), options.count)
     with st.encoders(config).load() as loaded:
         texts = [loaded.encode_texts([emoji[i].name])[0] for i in chosen]
-        empty = joined(loaded.encode_texts([""])[0])
+        empty = loaded.encode_texts([""])[0].joined()
     first = five = 0
     drawn: list[Image.Image] = []
     started = time.monotonic()
     scheduler = components.load_scheduler(config)
     for seed, (i, states) in enumerate(zip(chosen, texts, strict=True)):
         walk = sample(
-            transformer, scheduler, positive=joined(states), negative=empty, steps=20, guidance=Guidance(3.0),
+            transformer, scheduler, positive=states.joined(), negative=empty, steps=20, guidance=Guidance(3.0),
             noise_BCHW=start_noise((16, 8, 8), seed, torch.float32).to(device),
         )  # fmt: skip
         picture = decode(vae, deque(walk, maxlen=1)[0][1])[0]
-        distance_N = torch.cdist(latents(vae, pictures.pixels([picture]).to(device)).flatten(1), known_BN)[0]
+        distance_N = torch.cdist(latents(vae, components.pixels([picture]).to(device)).flatten(1), known_BN)[0]
         rank = int((distance_N < distance_N[i]).sum())
         first, five = first + (rank == 0), five + (rank < 5)
         drawn.append(picture)
@@ -76,12 +75,6 @@ def main() -> None:
             }
         )
     )  # fmt: skip
-
-
-def joined(states: TextStates) -> Text:
-    """CLIP padded to T5's width, then T5."""
-    clip_LD = torch.nn.functional.pad(states.clip_LD, (0, states.t5_LD.shape[-1] - states.clip_LD.shape[-1]))
-    return Text(torch.cat([clip_LD, states.t5_LD]), states.pooled_P)
 
 
 def latents(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

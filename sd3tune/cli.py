@@ -66,14 +66,10 @@ def _quiet_libraries() -> None:
 
 
 def _config(options: argparse.Namespace) -> st.RunConfig:
-    from sd3tune.config.reading import build, parse_setting
+    from sd3tune.config.reading import parse_setting
 
-    if options.config is None:
-        base: dict[str, Any] = {**st.presets.PLAYGROUND}
-    else:
-        base = st.RunConfig.load(options.config).leaves()
-    changes = {name.rpartition(".")[2]: value for name, value in map(parse_setting, options.set)}
-    return build({**base, **changes}, options.config or "the playground's preset")
+    base = st.RunConfig.load(options.config) if options.config else st.presets.playground()
+    return base.replace(**dict(map(parse_setting, options.set)))
 
 
 def _made_plan(options: argparse.Namespace) -> tuple[st.RunConfig, Plan]:
@@ -93,11 +89,8 @@ def _train(options: argparse.Namespace) -> int:
     else:
         config, plan = _made_plan(options)
         builder = st.CacheBuilder(plan, st.encoders(config))
-        for _ in tqdm(
-            builder, desc="encoding", unit="entry", total=len(plan.texts) + len({p.item.pixels for p in plan.train + plan.evaluation})
-        ):
-            pass
-        trainer = st.Trainer(config, builder.build())
+        records = list(tqdm(builder, desc="encoding", unit="entry"))
+        trainer = st.Trainer(config, builder.cache(records))
     print(trainer.manifest)
     return _drive(trainer)
 

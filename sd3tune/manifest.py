@@ -6,17 +6,17 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.cache.builder import Cache
+from sd3tune.shown import Shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 @dataclass(frozen=True, repr=False)
-class Manifest:
+class Manifest(Shown):
     """Everything that answers "did it train on what I meant"."""
 
     sentence: str
@@ -60,11 +60,6 @@ class Manifest:
             *(f'truncated "{caption}"' for caption in self.captions_truncated),
         ]
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def count_dtypes(tensors: Iterable[Tensor]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from sd3tune.records import PreviewRecord, Record, StepRecord
+from sd3tune.shown import duration
 
 if TYPE_CHECKING:
     from sd3tune.trainer import Trainer
@@ -73,5 +74,5 @@ class Line:
         """Such as ``step 41/300 · loss 0.6123 · 25 s left``."""
         done, total = self._trainer.steps_done, self._trainer.cache.plan.steps
         left = (total - done) * self._seconds
-        time_left = "" if done >= total or not left else " · " + (f"{left:.0f} s left" if left < 90 else f"{left / 60:.0f} min left")
+        time_left = "" if done >= total or not left else f" · {duration(left)} left"
         return f"step {done}/{total} · {self.detail}{time_left}"

@@ -9,13 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.errors import CheckpointError, ConfigError, FileError
 from sd3tune.files import explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
 from sd3tune.records import Record, SegmentRecord
+from sd3tune.shown import Shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,16 +227,11 @@ class RunSummary:
         return f"{self.path}  step {self.step}{loss}{held}  {'finished' if self.finished else 'not finished'}"
 
 
-class RunList(tuple[RunSummary, ...]):
+class RunList(Shown, tuple[RunSummary, ...]):
     """Runs, oldest first; shows itself as a list."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "no runs yet"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def runs(folder: str | Path = "runs") -> RunList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sd3tune as st
 from sd3tune import playground
-from sd3tune.models import components
+from sd3tune.models import adapters, components
 from sd3tune.models.lora_files import verify_lora
 
 STOCK = """
@@ -35,10 +36,15 @@ pipeline(prompt, num_inference_steps=3, guidance_scale=3.0, width=64, height=64,
 """
 
 
-@pytest.mark.parametrize("alpha", [16.0, 4.0])
-def test_stock_diffusers_draws_the_trainers_own_picture(bench: Workbench, tmp_path: Path, alpha: float) -> None:
+PRESET = st.presets.PLAYGROUND["lora_targets"]
+
+
+@pytest.mark.parametrize(("alpha", "targets", "count"), [(16.0, PRESET, 192), (4.0, PRESET, 192), (16.0, "attention", 144)])
+def test_stock_diffusers_draws_the_trainers_own_picture(
+    bench: Workbench, tmp_path: Path, alpha: float, targets: str | tuple[str, ...], count: int
+) -> None:
     """A fresh process with diffusers alone: no missing and no unexpected key, and the validation picture to 2/255."""
-    trainer = bench.trainer(lora_alpha=alpha, lr_warmup_steps=0, learning_rate=5e-3)
+    trainer = bench.trainer(lora_alpha=alpha, lora_targets=targets, lr_warmup_steps=0, learning_rate=5e-3)
     base = np.asarray(trainer.validate().rows[0][1][0], dtype=int)
     for _ in range(12):
         trainer.step()
@@ -50,11 +56,36 @@ def test_stock_diffusers_draws_the_trainers_own_picture(bench: Workbench, tmp_pa
         [sys.executable, "-W", "ignore", "-c", STOCK, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"missing": [], "unexpected": [], "count": 144}
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"missing": [], "unexpected": [], "count": count}
     own = np.asarray(Image.open(trainer.folder.images(12) / "00.png"), dtype=int)
     stock = np.asarray(Image.open(out), dtype=int)
     assert np.abs(own - stock).max() <= 2
     assert np.abs(own - base).max() > 8, "the adapter must have changed the picture for this test to mean anything"
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("to_q", "to_kk"), "no linear layer of this model is called 'to_kk'; did you mean 'to_k'?"),
+        (("ff.net.0.pro",), "did you mean 'ff.net.0.proj'?"),
+        (("norm_q",), "no linear layer of this model is called 'norm_q'"),
+        (("zzz",), "there are attn.add_k_proj, "),
+        ((), "lora_targets is an empty list"),
+        ("attn", "'attn' is not allowed: it should be 'attention' or a list"),
+    ],
+)
+def test_targets_that_name_nothing_are_refused(targets: str | tuple[str, ...], message: str) -> None:
+    """Before anything is trained, with the nearest name that the model has."""
+    with pytest.raises(st.ConfigError, match=re.escape(message)):
+        adapters.check_targets(components.skeleton(st.presets.playground(lora_targets=targets)), targets)
+
+
+def test_a_target_is_a_whole_name_ending() -> None:
+    """``to_out.0`` leaves ``to_add_out`` alone, and ``norm1.linear`` leaves ``norm1_context.linear`` alone."""
+    config = st.presets.playground(lora_targets=["norm1.linear", "to_out.0"])
+    weights = adapters.add_lora(components.skeleton(config), config.adapter.lora_targets, rank=2, alpha=2, dropout=0, seed=0)
+    layers = {name.split(".", 2)[2].rsplit(".lora_", 1)[0] for name in weights}
+    assert layers == {"norm1.linear", "attn.to_out.0", "attn2.to_out.0"}
 
 
 def test_alpha_is_folded_into_b(bench: Workbench, tmp_path: Path) -> None:
@@ -63,7 +94,7 @@ def test_alpha_is_folded_into_b(bench: Workbench, tmp_path: Path) -> None:
     for _ in range(3):
         trainer.step()
     path = tmp_path / "lora.safetensors"
-    assert trainer.save(path) == 144
+    assert trainer.save(path) == 192
     written, own = load_file(path), trainer.state_dict()["adapter"]
     for name, tensor in own.items():
         factor = 0.25 if ".lora_B." in name else 1.0
@@ -87,9 +118,9 @@ def test_verification_notices_every_kind_of_damage(bench: Workbench, tmp_path: P
 
     def verify(tensors: dict[str, torch.Tensor]) -> int:
         save_file(tensors, path)
-        return verify_lora(path, good, skeleton, targets="attention", rank=16)
+        return verify_lora(path, good, skeleton, targets=trainer.config.adapter.lora_targets, rank=16)
 
-    assert verify(good) == len(good) == 144
+    assert verify(good) == len(good) == 192
     name = "transformer.transformer_blocks.3.attn.to_q.lora_B.weight"
     with pytest.raises(st.CheckpointError, match=f"{name} does not read back"):
         verify({**good, name: good[name] + 1e-7})

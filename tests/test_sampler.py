@@ -77,8 +77,7 @@ def test_encoders_agree_with_stock_pipeline(stock: Any) -> None:
         got = loaded.encode_texts(["lock", "", "an unusually long caption that goes far beyond sixteen tokens in every tokenizer"])
     for states, prompt in zip(got, ["lock", ""], strict=False):
         expected, *_ = stock.encode_prompt(prompt, None, None, max_sequence_length=16, do_classifier_free_guidance=False)
-        joint = torch.cat([torch.nn.functional.pad(states.clip_LD, (0, states.t5_LD.shape[1] - states.clip_LD.shape[1])), states.t5_LD])
-        assert torch.allclose(joint, expected[0], atol=1e-5)
+        assert torch.allclose(states.joined().joint_LD, expected[0], atol=1e-5)
     pooled = stock.encode_prompt("lock", None, None, max_sequence_length=16)[2]
     assert torch.allclose(got[0].pooled_P, pooled[0], atol=1e-5)
 

@@ -163,7 +163,7 @@ def test_manifest_says_what_was_found(bench: Workbench) -> None:
     assert (manifest.images_found, manifest.images_used, manifest.images_held_out) == (16, 12, 4)
     assert manifest.first_captions == ("aubergine", "auto rickshaw", "automobile")
     assert dict(manifest.dtypes) == dict.fromkeys(("base", "adapter", "latents", "texts"), "float32")
-    assert manifest.trainable_tensors == 144
+    assert manifest.trainable_tensors == 192
     assert manifest.trainable_parameters == 72 * 2 * 16 * 160
     assert manifest.cache_misses + manifest.cache_hits == 16 + len({"", "lock", "croissant"} | {*_captions(bench)})
     assert '"auto rickshaw"' in str(manifest)
@@ -307,7 +307,7 @@ def test_quantised_base_trains_and_saves(bench: Workbench) -> None:
     assert formats["base"].startswith("qint8")
     assert formats["adapter"] == "float32"
     updates(trainer, 3)
-    assert trainer.save(trainer.folder.lora) == 144
+    assert trainer.save(trainer.folder.lora) == 192
 
 
 def test_bf16_trains_with_an_fp32_adapter(bench: Workbench) -> None:

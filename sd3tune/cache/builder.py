@@ -39,6 +39,13 @@ class TextStates(NamedTuple):
     t5_LD: Tensor
     pooled_P: Tensor
 
+    def joined(self) -> Text:
+        """CLIP padded to T5's width and put before it, as SD3 does."""
+        import torch
+
+        clip_LD = torch.nn.functional.pad(self.clip_LD, (0, self.t5_LD.shape[-1] - self.clip_LD.shape[-1]))
+        return Text(torch.cat([clip_LD, self.t5_LD]), self.pooled_P)
+
 
 class LoadedEncoders(Protocol):
     """Encoders in memory."""
@@ -79,12 +86,8 @@ class Cache:
         return self._store.read("latents", key, ["latent_CHW"])[0]
 
     def text(self, caption: str) -> Text:
-        """Joint states L D, CLIP padded to T5's width and put before it as SD3 does, and pooled P. Raises: CacheError."""
-        import torch
-
-        clip_LD, t5_LD, pooled_P = self._store.read("texts", text_key(caption, self._text_mark), TextStates._fields)
-        clip_LD = torch.nn.functional.pad(clip_LD, (0, t5_LD.shape[-1] - clip_LD.shape[-1]))
-        return Text(torch.cat([clip_LD, t5_LD]), pooled_P)
+        """Joint states L D and pooled P. Raises: CacheError."""
+        return TextStates(*self._store.read("texts", text_key(caption, self._text_mark), TextStates._fields)).joined()
 
 
 class _Job(NamedTuple):
@@ -103,9 +106,16 @@ class CacheBuilder:
 
     def build(self) -> Cache:
         """Encode what is missing. Raises: DataError naming every picture that cannot be decoded, after all others are done."""
-        records = list(self)
+        return self.cache(list(self))
+
+    def cache(self, records: Sequence[CacheRecord]) -> Cache:
+        """The cache of a finished iteration, which yielded ``records``."""
         reused = sum(record.reused for record in records)
         return Cache(self.plan, self._encoders, hits=reused, misses=len(records) - reused)
+
+    def __len__(self) -> int:
+        """Entries of the plan, whether encoded or not."""
+        return sum(len(jobs) for _, jobs in (*self._text_groups(), *self._latent_groups()))
 
     def __iter__(self) -> Iterator[CacheRecord]:
         groups = [*self._text_groups(), *self._latent_groups()]

@@ -21,6 +21,7 @@ PLAYGROUND: dict[str, Any] = {
     "tokenizer_max_length": 16,
     "aspect_bucket_alignment": 16,
     "lora_rank": 16,
+    "lora_targets": ("to_q", "to_k", "to_v", "to_out.0", "norm1.linear", "norm1_context.linear"),  # attention, and what style moves most
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
     "train_batch_size": 4,

@@ -127,10 +127,12 @@ def _construct(flat: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
         try:
             made[section] = cls(**values)
         except ValidationError as error:
+            wanted: dict[str, list[str]] = {}
             for one in error.errors():
-                leaf = str(one["loc"][0])
-                wanted = one["msg"].removeprefix("Input should be ")
-                bad.setdefault(leaf, f"{leaf}: {_shown(values[leaf])} is not allowed: it should be {wanted}")
+                wanted.setdefault(str(one["loc"][0]), []).append(one["msg"].removeprefix("Input should be "))
+            for leaf, choices in wanted.items():
+                allowed = " or ".join(dict.fromkeys(choices)).replace("a valid tuple", "a list")
+                bad[leaf] = f"{leaf}: {_shown(values[leaf])} is not allowed: it should be {allowed}"
             made[section] = cls(**{name: value for name, value in values.items() if name not in bad})
     return RunConfig(**made), bad
 

@@ -47,7 +47,10 @@ class Adapter:
     lora_rank: Annotated[int, about("Rank of the two factors of each weight change.", low=1, high=1024)] = 16
     lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0, high=1e5)] = None
     lora_dropout: Annotated[float, about("Share of the adapter's inputs set to zero while training.", low=0, high=0.9)] = 0.0
-    lora_targets: Annotated[Literal["attention"], about("Which linear layers get an adapter.")] = "attention"
+    lora_targets: Annotated[
+        Literal["attention"] | tuple[str, ...],
+        about("Which linear layers get an adapter: the picture stream's attention, or a list of name endings."),
+    ] = "attention"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -243,6 +246,8 @@ def check(config: RunConfig) -> list[str]:
         problems.append("model_flavour and pretrained_model_name_or_path are both set; keep one")
     if not model.model_flavour and not model.pretrained_model_name_or_path:
         problems.append("no base model: set model_flavour (playground) or pretrained_model_name_or_path (a folder)")
+    if config.adapter.lora_targets == ():
+        problems.append("lora_targets is an empty list, so nothing would learn; name layers, or write attention")
     if schedule.max_train_steps and schedule.num_train_epochs:
         problems.append("max_train_steps and num_train_epochs are both set; keep one")
     warmup, steps = config.optimizer.lr_warmup_steps, config.max_train_steps

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from typing import NamedTuple
 
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.catalog import Catalog, Item
 from sd3tune.errors import DataError
+from sd3tune.shown import Shown, duration
 
 MAX_ASPECT = 2.0
 
@@ -58,7 +58,7 @@ class Placement:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Shown):
     """What will be encoded and trained on. What is shown here is what the cache and the batches then use."""
 
     train: tuple[Placement, ...]
@@ -98,8 +98,7 @@ class Plan:
         )
         if seconds_per_update is None:
             return text
-        seconds = self.steps * seconds_per_update
-        return f"{text}, about " + (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min")
+        return f"{text}, about {duration(self.steps * seconds_per_update)}"
 
     def __str__(self) -> str:
         lines = [
@@ -112,11 +111,6 @@ class Plan:
             lines.append(f"{bucket!s:10} {count:6}  {sum(cut) / len(cut):7.1%}")
         lines += [f"refused: {p.path}: {p.reason}" for p in self.catalog.problems]
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def _number(value: float) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from sd3tune.config.schema import STRICT
 from sd3tune.data import captions, images
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.files import digest, file_digest
+from sd3tune.shown import Shown
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -55,7 +55,7 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Catalog:
+class Catalog(Shown):
     """What `discover` found, in order of data set and path."""
 
     datasets: tuple[Dataset, ...]
@@ -72,11 +72,6 @@ class Catalog:
         if self.missing_captions:
             lines.append(f"without a caption: {len(self.missing_captions)}, the first is {self.missing_captions[0]}")
         return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
 
 
 def discover(source: str | Path) -> Catalog:

@@ -106,6 +106,12 @@ def folder_digest(folder: Path) -> str:
     return digest(*(part for p in files for part in (p.relative_to(folder).as_posix(), file_digest(p))))
 
 
+def pixels(pictures: Sequence[Image]) -> Tensor:
+    """Pictures of one size as a float tensor B 3 H W in [-1, 1]."""
+    rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures]
+    return torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 class EncoderHandle:
     """A light handle on the encoders of a configuration: their identity, and a scope in which they are loaded."""
 
@@ -160,9 +166,8 @@ class LoadedEncoders:
         if self._vae is None:
             self.release()
             self._vae = load_vae(self._config, self._device)
-        rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures]
-        pixels_BHWC = torch.stack(rows).to(self._device, self._vae.dtype)
-        z_BCHW = self._vae.encode(pixels_BHWC.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode()
+        pixels_BCHW = pixels(pictures).to(self._device, self._vae.dtype)
+        z_BCHW = self._vae.encode(pixels_BCHW).latent_dist.mode()
         return (z_BCHW - self._vae.config.shift_factor) * self._vae.config.scaling_factor  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sd3tune.errors import CheckpointError
 from sd3tune.files import write_with
-from sd3tune.models.adapters import TARGETS, file_name, lora_config
+from sd3tune.models.adapters import Targets, endings, file_name, lora_config
 
 PREFIX = "transformer."
 
 
 def save_lora(
-    path: Path, weights: Mapping[str, Tensor], *, targets: str, rank: int, alpha: float, skeleton: Any, notes: Mapping[str, str]
+    path: Path, weights: Mapping[str, Tensor], *, targets: Targets, rank: int, alpha: float, skeleton: Any, notes: Mapping[str, str]
 ) -> int:
     """Write an adapter and verify the file. Returns the number of tensors, all of them compared.
 
@@ -31,7 +31,7 @@ def save_lora(
     from safetensors.torch import save
 
     folded = {PREFIX + name: _folded(name, tensor, alpha / rank) for name, tensor in weights.items()}
-    declared = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": list(TARGETS[targets])}
+    declared = {"transformer.r": rank, "transformer.lora_alpha": rank, "transformer.target_modules": endings(targets)}
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(declared),
@@ -50,7 +50,7 @@ def save_lora(
     return len(folded)
 
 
-def verify_lora(path: Path, expected: Mapping[str, Tensor], skeleton: Any, *, targets: str, rank: int) -> int:
+def verify_lora(path: Path, expected: Mapping[str, Tensor], skeleton: Any, *, targets: Targets, rank: int) -> int:
     """Compare a file with what was meant, and with the model it is for. Returns how many tensors were compared.
 
     Raises: CheckpointError naming the first differences.

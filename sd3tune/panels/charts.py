@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from sd3tune.run_folder import smooth
+
 Point = tuple[int, float]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 240, 58, 14, 26, 34
@@ -27,7 +29,8 @@ def line(losses: Sequence[Point], evals: Sequence[Point] = (), *, total: int = 0
     parts = [scale.axes(name)]
     parts += [f'<path d="M{scale.x(x)} {TOP}V{HEIGHT - BOTTOM}" stroke-dasharray="3 4" opacity="0.6"/>' for x in marks]
     parts.append(f'<path d="{scale.path(envelope(shown))}" opacity="0.3"/>')
-    parts.append(f'<path d="{scale.path(thinned(smoothed(shown)))}" stroke="{_ACCENT}" stroke-width="2.2"/>')
+    smoothed = zip([x for x, _ in shown], smooth([y for _, y in shown]), strict=True)
+    parts.append(f'<path d="{scale.path(thinned(list(smoothed)))}" stroke="{_ACCENT}" stroke-width="2.2"/>')
     parts += [f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" stroke="#d9730d" stroke-width="2"/>' for x, y in held]
     parts.append(_legend(bool(held), bool(marks)))
     return f"{frame}{style}{''.join(parts)}</svg>"
@@ -41,15 +44,6 @@ def spoken(losses: Sequence[Point], held: Sequence[Point] = (), name: str = "los
     number = f"{value:.3g}" if math.isfinite(value) else "not a number"
     more = f"; {held[-1][1]:.3g} on held-out pictures" if held else ""
     return f"{name} {number} at step {step}{more}"
-
-
-def smoothed(points: Sequence[Point], decay: float = 0.9) -> list[Point]:
-    """Exponential moving average without the pull towards zero at its start."""
-    out, total, weight = list[Point](), 0.0, 0.0
-    for x, y in points:
-        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
-        out.append((x, total / weight))
-    return out
 
 
 def envelope(points: Sequence[Point]) -> list[Point]:

@@ -16,6 +16,7 @@ from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
 from sd3tune.panels import charts, fields
 from sd3tune.runner import Runner
+from sd3tune.shown import duration
 from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot, Until
 
 if TYPE_CHECKING:
@@ -217,13 +218,6 @@ def sentence(now: Snapshot) -> str:
     if now.live and now.seconds_left is not None:
         parts.append(f"{duration(now.seconds_left)} left")
     return " · ".join([*parts, *filter(None, [now.error or now.message])])
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def curve(now: Snapshot) -> str:

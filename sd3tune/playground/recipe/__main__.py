@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sd3tune.models import components
 from sd3tune.playground.recipe import autoencoder, base, pictures, scorer, texts
 
 STAGES = ("vae", "base", "tiny", "scorer")
@@ -25,8 +26,8 @@ class Workshop:
         self.train, self.heldout = pictures.tuning_set(self.emoji)
         self.ours = {e.code for e in self.train + self.heldout}
         self.others = [e for e in self.emoji if e.code not in self.ours]
-        self.noto = pictures.pixels([pictures.on_white(e.noto) for e in self.emoji])
-        self.fluent = pictures.pixels([pictures.on_white(e.fluent) for e in self.others])
+        self.noto = components.pixels([pictures.on_white(e.noto) for e in self.emoji])
+        self.fluent = components.pixels([pictures.on_white(e.fluent) for e in self.others])
 
     @property
     def captions(self) -> list[str]:
@@ -38,7 +39,7 @@ class Workshop:
         found = [(e.noto, e.name) for e in self.emoji if pictures.oblong(e.noto) == size]
         if fluent:
             found += [(e.fluent, e.name) for e in self.others if pictures.oblong(e.fluent) == size]
-        return pictures.pixels([pictures.on_white(p, size, crop=True) for p, _ in found]), [n for _, n in found]
+        return components.pixels([pictures.on_white(p, size, crop=True) for p, _ in found]), [n for _, n in found]
 
     def load_vae(self) -> Any:
         """The trained autoencoder of this workshop."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+
+from sd3tune.models.components import pixels
 
 SIZE = 64
 PNG_SIDE = 224
@@ -65,12 +66,6 @@ def on_white(path: Path, size: tuple[int, int] = (SIZE, SIZE), *, crop: bool = F
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     white.alpha_composite(picture)
     return white.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
-
-def pixels(pictures: list[Image.Image]) -> Tensor:
-    """Pictures of one size as a float tensor B 3 H W in [-1, 1]."""
-    rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(p.height, p.width, 3) for p in pictures]
-    return torch.stack(rows).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def oblong(path: Path) -> tuple[int, int] | None:

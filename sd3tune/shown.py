@@ -1,0 +1,22 @@
+"""How objects and times are put into words."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+class Shown:
+    """Shows itself as the text of its ``__str__``, in a terminal and in a notebook."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``0.4 s``, ``41 s``, ``18 min``, ``2.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

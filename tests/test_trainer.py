@@ -164,7 +164,8 @@ def test_manifest_says_what_was_found(bench: Workbench) -> None:
     assert manifest.first_captions == ("aubergine", "auto rickshaw", "automobile")
     assert dict(manifest.dtypes) == dict.fromkeys(("base", "adapter", "latents", "texts"), "float32")
     assert manifest.trainable_tensors == 192
-    assert manifest.trainable_parameters == 72 * 2 * 16 * 160
+    modulation = 6 * (1 + 9) + 6 * (1 + 6) + 11 * (1 + 6) + (1 + 2)  # norm1 of dual and other blocks, norm1_context, the last one's
+    assert manifest.trainable_parameters == 16 * 160 * (72 * 2 + modulation)
     assert manifest.cache_misses + manifest.cache_hits == 16 + len({"", "lock", "croissant"} | {*_captions(bench)})
     assert '"auto rickshaw"' in str(manifest)
     assert "12 images, batch 2" in manifest.sentence

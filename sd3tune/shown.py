@@ -19,4 +19,4 @@ def duration(seconds: float) -> str:
     """Seconds as a person says them: ``0.4 s``, ``41 s``, ``18 min``, ``2.5 h``."""
     if seconds < 100:
         return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f}".removesuffix(".0") + " h"

@@ -394,7 +394,7 @@ def test_the_sentence_says_what_happens() -> None:
         "72 images, batch 2 x 2: 18 updates per epoch, 1,000 updates = each image 55.6 times"
     )
     assert plan_with(rows, batch=1, accumulation=1, steps=720_000).sentence(0.5) == (
-        "72 images, batch 1: 72 updates per epoch, 720,000 updates = each image 10,000 times, about 6000 min"
+        "72 images, batch 1: 72 updates per epoch, 720,000 updates = each image 10,000 times, about 100 h"
     )
     assert plan_with(rows, batch=4, accumulation=8, steps=1).sentence().endswith("2.2 updates per epoch, 1 updates = each image 0.44 times")
 

@@ -78,7 +78,7 @@ def describe(
     """Gather the manifest of a run from its cache and its loaded model."""
     plan = cache.plan
     catalog, first = plan.catalog, plan.train[0]
-    captions = [item.caption for item in catalog.items]
+    captions = [caption for item in catalog.items for caption in item.captions]
     text = cache.text(first.item.caption)
     dtypes = (
         ("base", count_dtypes(p for p in transformer.parameters() if not p.requires_grad)),
@@ -91,9 +91,9 @@ def describe(
         images_found=len(catalog.items) + len(catalog.problems),
         images_used=len({p.item.path for p in plan.train}),
         images_held_out=len(plan.evaluation),
-        refused=tuple((str(p.path), p.reason) for p in catalog.problems),
-        captions_found=sum(bool(c) for c in captions),
-        captions_empty=sum(not c for c in captions),
+        refused=tuple((str(p.path), p.reason) for p in plan.problems),
+        captions_found=len(captions),
+        captions_empty=len(catalog.missing_captions),
         captions_truncated=truncated,
         first_captions=tuple(captions[:3]),
         buckets=tuple((str(bucket), count) for bucket, count in plan.buckets.items()),

@@ -13,8 +13,9 @@ from typing import Any
 from sd3tune.cache.builder import Cache, CacheBuilder
 from sd3tune.config.reading import is_live
 from sd3tune.config.schema import RunConfig
-from sd3tune.data.buckets import Plan, plan
-from sd3tune.data.catalog import Dataset, from_datasets
+from sd3tune.data.catalog import from_datasets
+from sd3tune.data.datasets import dataset_of
+from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
@@ -51,7 +52,7 @@ class Trainer:
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(velocity, weights, batches, rules_of(config, cache.plan))
         self._validator = Validator(self.transformer, cache, self.device)
-        truncated = tuple(components.truncated(config, sorted({p.item.caption for p in cache.plan.train})))
+        truncated = tuple(components.truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(
             cache, self.transformer, weights, truncated=truncated, seconds_per_update=self.engine.seconds_per_update()
         )
@@ -293,7 +294,7 @@ def rebuild_cache(folder: RunFolder, config: RunConfig) -> Cache:
     """The cache of a run folder, from the data sets that its manifest names. Raises: CheckpointError, DataError."""
     try:
         rows = json.loads(folder.manifest.read_text())["datasets"]
-        datasets = [Dataset(**row) for row in rows]
+        datasets = [dataset_of(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.manifest}: cannot be read ({error}); pass the cache to Trainer.resume") from None
     return CacheBuilder(plan(from_datasets(datasets), config), components.encoders(config)).build()

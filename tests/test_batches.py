@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from sd3tune.cache import Cache
 from sd3tune.cache.builder import Text
-from sd3tune.data.buckets import Bucket, Placement, Plan
-from sd3tune.data.catalog import Catalog, Dataset, Item
+from sd3tune.data import Bucket, Catalog, Dataset, Item, Placement, Plan
 from sd3tune.training.batches import Batches, epoch_order, fold, generator, noise
 
 SHAPES = (Bucket(64, 64), Bucket(48, 80), Bucket(80, 48))
@@ -24,7 +23,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def make_plan(images: int, *, batch: int = 3, repeats: int = 0, shapes: int = 2) -> Plan:
     dataset = Dataset(id="d", instance_data_dir="d")
-    items = [Item(f"id{n}", dataset, Path(f"{n}.png"), 64, 64, f"p{n}", f"caption {n}") for n in range(images)]
+    items = [Item(f"id{n}", dataset, Path(f"{n}.png"), 64, 64, f"p{n}", (f"caption {n}",)) for n in range(images)]
     rows = [Placement(i, SHAPES[n % shapes], copy) for n, i in enumerate(items) for copy in range(repeats + 1)]
     return Plan(tuple(rows), (), ("",), Catalog((), tuple(items), (), ()), batch, 1, 10, "cache", 4, 16)
 

@@ -27,7 +27,8 @@ from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.cache.builder import TextStates, cut
 from sd3tune.cache.keys import latent_key, text_key
 from sd3tune.config import presets
-from sd3tune.data.buckets import Bucket, Geometry, Plan
+from sd3tune.data.buckets import Bucket, Geometry
+from sd3tune.data.planning import Plan
 from sd3tune.errors import CacheError, DataError, FileError
 
 
@@ -248,16 +249,16 @@ def test_clip_is_padded_and_stands_before_t5(pots: Path) -> None:
 
 def test_the_cut_is_upright_and_centred(tmp_path: Path) -> None:
     """What is encoded is the middle of the picture at the bucket's size."""
-    pixels = np.zeros((64, 256, 3), np.uint8)
-    pixels[:, 128:] = 255
+    pixels = np.zeros((64, 160, 3), np.uint8)
+    pixels[:, 80:] = 255
     (tmp_path / "p").mkdir()
     Image.fromarray(pixels).save(tmp_path / "p" / "a.png")
     (tmp_path / "p" / "a.txt").write_text("x")
     (placement,) = plan_of(tmp_path / "p").train
     picture = np.asarray(cut(placement))
-    assert picture.shape == (48, 80, 3)
-    assert picture[:, :36].max() == 0
-    assert picture[:, 44:].min() == 255
+    assert picture.shape == (48, 96, 3)
+    assert picture[:, :44].max() == 0
+    assert picture[:, 52:].min() == 255
 
 
 GEOMETRY = Geometry((80, 64), 8, 0, Bucket(64, 64))
@@ -270,7 +271,7 @@ def test_keys_depend_on_everything_and_nothing_else() -> None:
         latent_key("p", GEOMETRY._replace(resized=(80, 65)), "f"), latent_key("p", GEOMETRY._replace(left=9), "f"),
         latent_key("p", GEOMETRY._replace(top=1), "f"), latent_key("p", GEOMETRY._replace(bucket=Bucket(64, 48)), "f"),
         latent_key("p", GEOMETRY._replace(bucket=Bucket(48, 64)), "f"), text_key("p", "f"), text_key("p ", "f"), text_key("p", "g"),
-        text_key("pf", ""), text_key("", "pf"),
+        text_key("pf", ""), text_key("", "pf"), latent_key("p", GEOMETRY._replace(mirrored=True), "f"),
     ]  # fmt: skip
     assert len({latent_key("p", GEOMETRY, "f"), *others}) == 1 + len(others)
     assert latent_key("p", GEOMETRY, "f") == latent_key("p", GEOMETRY, "f")

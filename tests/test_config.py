@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "mixed_precision": "bf16", "base_model_precision": "no_change", "tokenizer_max_length": 154,
     "lora_rank": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": "attention",
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "vae_batch_size": 4, "text_encoder_batch_size": 16,
-    "caption_dropout_probability": 0.1, "aspect_bucket_alignment": 64,
+    "caption_dropout_probability": 0.1, "aspect_bucket_alignment": 64, "small_bucket": "short",
     "flow_schedule_shift": 3.0, "flow_sigmoid_scale": 1.0, "stratified": True,
     "optimizer": "adamw", "learning_rate": 1e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 20, "max_grad_norm": 1.0,
     "num_train_epochs": None, "seed": 42, "checkpoint_step_interval": 250, "checkpoints_total_limit": 3,

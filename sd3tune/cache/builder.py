@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sd3tune.cache.keys import latent_key, text_key
 from sd3tune.cache.store import Store
-from sd3tune.data.buckets import Bucket, Placement, Plan
+from sd3tune.data.buckets import Bucket, Placement
 from sd3tune.data.images import BROKEN, read_rgb
+from sd3tune.data.planning import Plan
 from sd3tune.errors import DataError
 from sd3tune.records import CacheRecord
 
@@ -156,7 +157,7 @@ class CacheBuilder:
     def _latent_groups(self) -> list[tuple[str, list[_Job]]]:
         mark = self._encoders.latent_fingerprint
         by_bucket: dict[Bucket, dict[str, _Job]] = {}
-        for placement in (*self.plan.train, *self.plan.evaluation):
+        for placement in (v for p in (*self.plan.train, *self.plan.evaluation) for v in p.variants):
             key = latent_key(placement.item.pixels, placement.geometry, mark)
             by_bucket.setdefault(placement.bucket, {})[key] = _Job(key, str(placement.item.path), placement, "")
         return [
@@ -179,12 +180,13 @@ class CacheBuilder:
 
 
 def cut(placement: Placement) -> Image:
-    """The picture as it is encoded: upright, on white, resized with Lanczos, cut to its bucket."""
-    from PIL.Image import Resampling
+    """The picture as it is encoded: upright, on white, resized once with Lanczos, cut to its bucket, mirrored if asked."""
+    from PIL.Image import Resampling, Transpose
 
-    resized, left, top, bucket = placement.geometry
+    resized, left, top, bucket, mirrored = placement.geometry
     picture = read_rgb(placement.item.path).resize(resized, Resampling.LANCZOS)
-    return picture.crop((left, top, left + bucket.width, top + bucket.height))
+    picture = picture.crop((left, top, left + bucket.width, top + bucket.height))
+    return picture.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
 
 
 def _chunks(jobs: list[_Job], size: int) -> list[list[_Job]]:

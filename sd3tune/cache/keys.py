@@ -11,8 +11,8 @@ FORMAT = "1"
 
 def latent_key(pixels: str, geometry: Geometry, fingerprint: str) -> str:
     """Key of a picture's latent: its bytes, how it is resized and cut, and the autoencoder that sees it."""
-    (width, height), left, top, bucket = geometry
-    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}", fingerprint)
+    (width, height), left, top, bucket, mirrored = geometry
+    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored, fingerprint)
 
 
 def text_key(caption: str, fingerprint: str) -> str:

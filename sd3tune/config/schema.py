@@ -65,6 +65,10 @@ class Data:
     aspect_bucket_alignment: Annotated[
         int, about("Sides of a bucket are multiples of this; 16 suits pictures below 128 px.", low=16, high=256, unit="px")
     ] = 64
+    small_bucket: Annotated[
+        Literal["short", "merge", "drop", "error"],
+        about("What becomes of a size with fewer pictures than a batch: a short batch, the nearest size, left out, or an error."),
+    ] = "short"
     allow_missing_captions: Annotated[bool, about("Train pictures without a caption on the empty text instead of stopping.")] = False
 
 

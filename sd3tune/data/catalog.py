@@ -1,41 +1,25 @@
-"""What is in the folders: an item for each usable picture, a problem for each other one. Reads headers, changes nothing."""
+"""What is in the folders: an item for each usable picture, a problem for each other one. Reads, and changes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic.dataclasses import dataclass
-
-from sd3tune.config.reading import nearest, read_yaml
-from sd3tune.config.schema import STRICT
 from sd3tune.data import captions, images
-from sd3tune.errors import ConfigError, DataError
+from sd3tune.data.datasets import Dataset, read_datasets
+from sd3tune.errors import DataError
 from sd3tune.files import digest, file_digest
 from sd3tune.shown import Shown
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Dataset:
-    """One entry of ``datasets.yaml``: a local folder."""
-
-    id: Annotated[str, Field(description="Name in reports.", min_length=1)]
-    instance_data_dir: Annotated[str, Field(description="Folder; a relative one is looked for beside datasets.yaml.", min_length=1)]
-    type: Annotated[Literal["local"], Field(description="Where the folder is.")] = "local"
-    dataset_type: Annotated[Literal["image", "eval"], Field(description="To train on, or held out.")] = "image"
-    disabled: Annotated[bool, Field(description="Leave this entry out.")] = False
-    caption_strategy: Annotated[Literal["textfile", "filename"], Field(description="Where captions come from.")] = "textfile"
-    resolution: Annotated[int, Field(description="Side in px of a square of the area to train at.", ge=16, le=4096)] = 1024
-    crop: Annotated[bool, Field(description="Cut a square out of the centre instead of keeping the shape.")] = False
-    repeats: Annotated[int, Field(description="Extra passes in each epoch: 1 shows every picture twice.", ge=0, le=10_000)] = 0
+LITTER = frozenset({".ipynb_checkpoints", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir"})
+"""Names, in lower case, that systems leave in folders; passed over like everything that begins with a point."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One picture with its caption. ``pixels`` identifies the file's bytes, ``id`` the pair."""
+    """One picture with its captions. ``pixels`` identifies the file's bytes, ``id`` the pair."""
 
     id: str
     dataset: Dataset
@@ -43,7 +27,12 @@ class Item:
     width: int
     height: int
     pixels: str
-    caption: str
+    captions: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The first caption, or the empty text: what evaluation and reference pictures use."""
+        return self.captions[0] if self.captions else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +45,20 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Catalog(Shown):
-    """What `discover` found, in order of data set and path."""
+    """What `discover` found, in order of data set and path. ``notes`` is what should be said of datasets.yaml once."""
 
     datasets: tuple[Dataset, ...]
     items: tuple[Item, ...]
     problems: tuple[Problem, ...]
     missing_captions: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = []
         for dataset in self.datasets:
             count = sum(item.dataset == dataset for item in self.items)
             lines.append(f"{dataset.id}: {count} pictures from {dataset.instance_data_dir}")
+        lines += [f"note: {text}" for text in self.notes]
         lines += [f"refused: {p.path}: {p.reason}" for p in self.problems]
         if self.missing_captions:
             lines.append(f"without a caption: {len(self.missing_captions)}, the first is {self.missing_captions[0]}")
@@ -81,83 +72,129 @@ def discover(source: str | Path) -> Catalog:
     """
     path = Path(source)
     if path.is_dir():
-        entries = [Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(path))]
-        return from_datasets(entries)
+        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(path))])
     if path.suffix.lower() not in (".yaml", ".yml"):
         what = "is a file, not a folder" if path.exists() else f"no such folder (from {Path.cwd()})"
         raise DataError(f"{path}: {what}; give a folder of pictures or a datasets.yaml")
-    return from_datasets(read_datasets(path), beside=path.parent)
+    entries, notes = read_datasets(path)
+    return from_datasets(entries, beside=path.parent, notes=notes)
 
 
-def from_datasets(datasets: Sequence[Dataset], *, beside: Path = Path()) -> Catalog:
+def from_datasets(datasets: Sequence[Dataset], *, beside: Path = Path(), notes: tuple[str, ...] = ()) -> Catalog:
     """The catalog of entries already read; relative folders are looked for in ``beside``. Raises: DataError."""
-    return _catalog([dataclasses.replace(d, instance_data_dir=str((beside / d.instance_data_dir).resolve())) for d in datasets])
-
-
-def read_datasets(path: Path) -> list[Dataset]:
-    """The entries of a ``datasets.yaml`` that are not disabled. Raises: ConfigError with every problem at once."""
-    content = read_yaml(path)
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ConfigError(["the file is not a list of data sets"], str(path))
-    problems: list[str] = []
-    found: list[Dataset] = []
-    for number, row in enumerate(content, start=1):
-        name = f"data set {row.get('id', number)!r}"
-        rows: dict[str, Any] = {str(k): v for k, v in row.items()}
-        known = [f.name for f in dataclasses.fields(Dataset)]
-        problems += [f"{name}: unknown key {k!r}{nearest(k, known)}" for k in rows if k not in known]
-        try:
-            found.append(Dataset(**{k: v for k, v in rows.items() if k in known}))
-        except ValidationError as error:
-            problems += [f"{name}: {one['loc'][0]}: {one['msg'].removeprefix('Input should be ')}" for one in error.errors()]
-    ids = [d.id for d in found]
-    problems += [f"id {twice!r} is used twice" for twice in sorted({i for i in ids if ids.count(i) > 1})]
-    if problems:
-        raise ConfigError(problems, str(path))
-    return [d for d in found if not d.disabled]
-
-
-def _catalog(datasets: list[Dataset]) -> Catalog:
+    entries = [dataclasses.replace(d, instance_data_dir=str((beside / d.instance_data_dir).resolve())) for d in datasets]
     items: list[Item] = []
     problems: list[Problem] = []
-    missing: list[Path] = []
-    for dataset in datasets:
-        folder = Path(dataset.instance_data_dir)
-        if not folder.is_dir():
-            what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise DataError(f"data set {dataset.id!r}: {folder} {what}; correct instance_data_dir")
-        before, refused = len(items), len(problems)
-        for found in _read_folder(dataset, folder):
-            if isinstance(found, Problem):
-                problems.append(found)
-                continue
-            items.append(found)
-            if not found.caption:
-                missing.append(found.path)
-        if len(items) == before:
-            reasons = "".join(f"\n  {p.path.name}: {p.reason}" for p in problems[refused : refused + 5])
-            held = f"none of its {len(problems) - refused} pictures can be used:{reasons}" if reasons else "it holds no picture"
-            raise DataError(f"data set {dataset.id!r}: {folder}: {held}" + ("" if reasons else f" ({', '.join(sorted(images.SUFFIXES))})"))
+    for dataset in entries:
+        found = list(_of_dataset(dataset))
+        items += [one for one in found if isinstance(one, Item)]
+        problems += [one for one in found if isinstance(one, Problem)]
+    items, shared = _apart(items)
     if not any(item.dataset.dataset_type == "image" for item in items):
-        raise DataError("there is nothing to train on: no enabled data set has dataset_type: image")
-    return Catalog(tuple(datasets), tuple(items), tuple(problems), tuple(missing))
+        raise DataError("there is nothing to train on: no enabled data set has dataset_type: image" + _listed(shared))
+    missing = tuple(item.path for item in items if not item.captions)
+    return Catalog(tuple(entries), tuple(items), (*problems, *shared), missing, (*notes, *_doubles(items)))
 
 
-def _read_folder(dataset: Dataset, folder: Path) -> Iterator[Item | Problem]:
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in images.SUFFIXES and not p.name.startswith(".")):
-        try:
-            width, height = images.size(path)
-        except images.BROKEN as error:
-            yield Problem(path, f"not a readable picture ({error})")
+def _apart(items: list[Item]) -> tuple[list[Item], list[Problem]]:
+    """The items without those to train on whose very bytes are also held out, under whatever name."""
+    held = {item.pixels: item for item in items if item.dataset.dataset_type == "eval"}
+    kept, shared = list[Item](), list[Problem]()
+    for item in items:
+        if item.dataset.dataset_type == "image" and item.pixels in held:
+            other = held[item.pixels]
+            shared.append(Problem(item.path, f"is also held out, in data set {other.dataset.id!r} as {other.path.name}; not trained on"))
+        else:
+            kept.append(item)
+    return kept, shared
+
+
+def _doubles(items: list[Item]) -> list[str]:
+    """A sentence for each picture that stands twice in one data set."""
+    first: dict[tuple[str, str], Item] = {}
+    said = []
+    for item in items:
+        other = first.setdefault((item.dataset.id, item.pixels), item)
+        if other is not item:
+            said.append(f"{item.path} is the same picture as {other.path.name}; it counts twice")
+    return said
+
+
+def _of_dataset(dataset: Dataset) -> list[Item | Problem]:
+    """Items and problems of one folder. Raises: DataError when there is not one item."""
+    folder = Path(dataset.instance_data_dir)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"data set {dataset.id!r}: {folder} {what}; correct instance_data_dir")
+    read = captions.reader(dataset, folder)
+    found = [_look(dataset, path, read) for path in sample(dataset, folder, sorted(_pictures(folder)))]
+    if not any(isinstance(one, Item) for one in found):
+        problems = [one for one in found if isinstance(one, Problem)]
+        held = f"none of its {len(problems)} pictures can be used:{_listed(problems)}" if problems else "it holds no picture"
+        raise DataError(f"data set {dataset.id!r}: {folder}: {held}" + ("" if problems else f" ({', '.join(sorted(images.SUFFIXES))})"))
+    return found
+
+
+def _listed(problems: Sequence[Problem]) -> str:
+    return "".join(f"\n  {p.path.name}: {p.reason}" for p in problems[:5])
+
+
+def sample(dataset: Dataset, folder: Path, paths: list[Path]) -> list[Path]:
+    """At most ``max_num_samples`` of the paths: those whose digests of (id, name) are smallest, so that it never depends on order."""
+    most = dataset.max_num_samples
+    if most is None or len(paths) <= most:
+        return paths
+    return sorted(
+        sorted(paths, key=lambda p: digest(dataset.id, p.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")))[:most]
+    )
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """Picture files below a folder, linked folders included, each real folder once; litter is passed over."""
+    seen: set[tuple[int, int]] = set()
+    for name, below, files in os.walk(folder, followlinks=True):
+        mark = os.stat(name)
+        if (mark.st_dev, mark.st_ino) in seen:
+            below.clear()
             continue
-        if min(width, height) < 16:
-            yield Problem(path, f"{width}x{height} px is too small")
-            continue
-        try:
-            caption = captions.from_filename(path) if dataset.caption_strategy == "filename" else captions.from_textfile(path)
-        except (ValueError, OSError) as error:
-            yield Problem(path, str(error))
-            continue
+        seen.add((mark.st_dev, mark.st_ino))
+        below[:] = sorted(d for d in below if not _is_litter(d))
+        for file in files:
+            if Path(file).suffix.lower() in images.SUFFIXES and not _is_litter(file):
+                yield Path(name) / file
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def _look(dataset: Dataset, path: Path, read: captions.Reader) -> Item | Problem:
+    """An item for a file, or why it cannot be one."""
+    try:
+        width, height = images.size(path)
+    except images.BROKEN as error:
+        return Problem(path, f"not a readable picture ({error})")
+    reason = unsuitable(dataset, width, height)
+    if reason:
+        return Problem(path, reason)
+    try:
+        texts = read(path)
         pixels = file_digest(path)
-        caption = caption or ""
-        yield Item(digest(pixels, caption)[:16], dataset, path, width, height, pixels, caption)
+    except (ValueError, OSError) as error:
+        return Problem(path, str(error))
+    return Item(digest(pixels, *texts)[:16], dataset, path, width, height, pixels, texts)
+
+
+def unsuitable(dataset: Dataset, width: int, height: int) -> str:
+    """Why a picture of this size is left out; the empty text when it is not."""
+    if min(width, height) < 16:
+        return f"{width}x{height} px is too small"
+    size, least = images.measure(width, height, dataset.resolution_type), dataset.minimum_image_size
+    if least is not None and size < least:
+        return f"{width}x{height} px is below minimum_image_size ({least:g}, {dataset.resolution_type})"
+    shape = round(width / height, 2)
+    if dataset.minimum_aspect_ratio is not None and shape < dataset.minimum_aspect_ratio:
+        return f"its shape {shape:g} is below minimum_aspect_ratio ({dataset.minimum_aspect_ratio:g})"
+    if dataset.maximum_aspect_ratio is not None and shape > dataset.maximum_aspect_ratio:
+        return f"its shape {shape:g} is above maximum_aspect_ratio ({dataset.maximum_aspect_ratio:g})"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 from pathlib import Path
@@ -29,6 +30,13 @@ def size(path: Path) -> tuple[int, int]:
         except Image.DecompressionBombWarning as warning:
             raise ValueError(str(warning)) from None
     return (height, width) if turned else (width, height)
+
+
+def measure(width: int, height: int, unit: str) -> float:
+    """A size in the unit of ``resolution_type``: the shorter side, megapixels, or the side of a square of the same area."""
+    if unit == "pixel":
+        return min(width, height)
+    return width * height / 1e6 if unit == "area" else math.sqrt(width * height)
 
 
 def read_rgb(path: Path) -> Image.Image:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sd3tune.cache.builder import Cache
-from sd3tune.data.buckets import Bucket, Placement, Plan
+from sd3tune.data.buckets import Placement
+from sd3tune.data.planning import Plan
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,27 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
 
 
 def epoch_order(plan: Plan, seed: int, epoch: int) -> tuple[tuple[Placement, ...], ...]:
-    """The batches of one epoch: every placement once, each batch of one bucket, all in a random order."""
+    """The batches of one epoch: every placement once, each batch of one data set and size, in a random order.
+
+    A data set's ``probability`` moves its batches forward; which random cut of a picture is used goes round with the epochs.
+    """
     rng = random.Random(fold(seed, epoch, 0))
-    by_bucket: dict[Bucket, list[Placement]] = {}
-    for placement in plan.train:
-        by_bucket.setdefault(placement.bucket, []).append(placement)
-    batches: list[tuple[Placement, ...]] = []
-    for bucket in sorted(by_bucket):
-        rows = by_bucket[bucket]
-        rng.shuffle(rows)
-        batches += [tuple(rows[i : i + plan.batch_size]) for i in range(0, len(rows), plan.batch_size)]
-    rng.shuffle(batches)
-    return tuple(batches)
+    batches: list[tuple[float, tuple[Placement, ...]]] = []
+    for rows in plan.groups.values():
+        dataset = rows[0].item.dataset
+        shown = [_variant(placement, seed, epoch) for placement in rows]
+        rng.shuffle(shown)
+        size = plan.batch_size_of(dataset)
+        for i in range(0, len(shown), size):
+            # Efraimidis and Spirakis 2006: sorted by u ** (1 / weight), a random order in which heavier ones tend to come first.
+            batches.append((rng.random() ** (1 / dataset.probability), tuple(shown[i : i + size])))
+    return tuple(batch for _, batch in sorted(batches, key=lambda pair: -pair[0]))
+
+
+def _variant(placement: Placement, seed: int, epoch: int) -> Placement:
+    """The random cut of this epoch; all of them come in turn."""
+    cuts = placement.variants
+    return cuts[(fold(seed, 5) + placement.copy + epoch) % len(cuts)]
 
 
 class Batches:
@@ -68,13 +78,22 @@ class Batches:
 
     def dropped(self, k: int) -> tuple[bool, ...]:
         """Which images of batch ``k`` are seen without their caption."""
-        draws = torch.rand(len(self.placements(k)), generator=generator(self._seed, k, 1))
-        return tuple((draws < self._dropout).tolist())
+        placements = self.placements(k)
+        draws = torch.rand(len(placements), generator=generator(self._seed, k, 1)).tolist()
+        own = (p.item.dataset.caption_dropout for p in placements)
+        return tuple(draw < (self._dropout if rate is None else rate) for draw, rate in zip(draws, own, strict=True))
+
+    def captions(self, k: int) -> tuple[str, ...]:
+        """The text of each image of batch ``k``: one of its captions, or the empty one."""
+        draws = torch.rand(len(self.placements(k)), generator=generator(self._seed, k, 6)).tolist()
+        return tuple(
+            "" if drop or not p.item.captions else p.item.captions[int(draw * len(p.item.captions))]
+            for p, drop, draw in zip(self.placements(k), self.dropped(k), draws, strict=True)
+        )
 
     def __getitem__(self, k: int) -> Batch:
         """Batch ``k`` from the cache. Raises: CacheError."""
-        pairs = zip(self.placements(k), self.dropped(k), strict=True)
-        return load(self._cache, [(p, "" if drop else p.item.caption) for p, drop in pairs])
+        return load(self._cache, list(zip(self.placements(k), self.captions(k), strict=True)))
 
 
 def load(cache: Cache, rows: list[tuple[Placement, str]]) -> Batch:

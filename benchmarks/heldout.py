@@ -49,7 +49,8 @@ def losses(folder: Path, seed: int, steps: int, *, shuffled: bool) -> tuple[floa
             file.write_text(text)
     data = folder / "datasets.yaml"
     data.write_text(
-        f"- {{id: train, instance_data_dir: {train}, resolution: 64}}\n"
+        f"- {{id: train, instance_data_dir: {train}, resolution: 64,\n"
+        "   crop: true, crop_aspect: closest, crop_aspect_buckets: [0.6, 1.0, 1.67]}\n"
         f"- {{id: held, instance_data_dir: {playground.PICTURES / 'heldout'}, resolution: 64, dataset_type: eval}}\n"
     )
     config = st.presets.playground(

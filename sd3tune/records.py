@@ -21,7 +21,10 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRecord(Record):
-    """One entry of the cache is in place; ``reused`` when it already was. ``step`` counts entries."""
+    """One entry of the cache is in place; ``reused`` when it already was. ``step`` counts entries.
+
+    ``problem`` says why there is no entry, or that a damaged one was encoded again.
+    """
 
     type: ClassVar[str] = "cache"
     total: int
@@ -29,6 +32,7 @@ class CacheRecord(Record):
     key: str
     name: str
     reused: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

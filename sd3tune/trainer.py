@@ -16,7 +16,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.data.catalog import from_datasets
 from sd3tune.data.datasets import dataset_of
 from sd3tune.data.planning import Plan, plan
-from sd3tune.errors import CheckpointError, ConfigError, TrainingError
+from sd3tune.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
 from sd3tune.models import adapters, components
@@ -29,6 +29,9 @@ from sd3tune.training.sigmas import ladder
 from sd3tune.validation.evaluate import evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
+
+LATENT_FACTOR = 8
+"""Pixels of a latent pixel's side, in every SD3."""
 
 
 class Trainer:
@@ -44,6 +47,7 @@ class Trainer:
         self.device = components.pick_device()
         self.transformer = components.load_transformer(config, self.device)
         self._check_layers(config)
+        check_sizes(cache.plan, self.transformer.config)
         weights = adapters.add_lora(
             self.transformer, config.adapter.lora_targets, rank=config.adapter.lora_rank, alpha=config.lora_alpha,
             dropout=config.adapter.lora_dropout, seed=config.schedule.seed,
@@ -282,6 +286,17 @@ def rules_of(config: RunConfig, made: Plan) -> Rules:
         shift=config.noise.flow_schedule_shift, stratified=config.noise.stratified, schedule=config.optimizer.lr_scheduler,
         warmup=config.optimizer.lr_warmup_steps, total=made.steps, max_grad_norm=config.optimizer.max_grad_norm,
     )  # fmt: skip
+
+
+def check_sizes(made: Plan, model: Any) -> None:
+    """Raises: DataError for a size that is beyond the model's table of positions."""
+    most = model.pos_embed_max_size * model.patch_size * LATENT_FACTOR
+    beyond = sorted({p.bucket for p in (*made.train, *made.evaluation) if max(p.bucket) > most})
+    if beyond:
+        raise DataError(
+            f"{', '.join(map(str, beyond))} px: this model knows sides of at most {most} px; lower resolution, or narrow "
+            "minimum_aspect_ratio and maximum_aspect_ratio in datasets.yaml"
+        )
 
 
 def plan_digest(made: Plan) -> str:

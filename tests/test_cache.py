@@ -272,27 +272,59 @@ def test_keys_depend_on_everything_and_nothing_else() -> None:
         latent_key("p", GEOMETRY._replace(top=1), "f"), latent_key("p", GEOMETRY._replace(bucket=Bucket(64, 48)), "f"),
         latent_key("p", GEOMETRY._replace(bucket=Bucket(48, 64)), "f"), text_key("p", "f"), text_key("p ", "f"), text_key("p", "g"),
         text_key("pf", ""), text_key("", "pf"), latent_key("p", GEOMETRY._replace(mirrored=True), "f"),
+        latent_key("p", GEOMETRY, "f", "black"),
     ]  # fmt: skip
     assert len({latent_key("p", GEOMETRY, "f"), *others}) == 1 + len(others)
     assert latent_key("p", GEOMETRY, "f") == latent_key("p", GEOMETRY, "f")
-    assert text_key("a pot", "f") == "d359256a68b8965a7509cbaf74da03df65074f941e2315b8b1661778142585d5", "a change here empties every cache"
+    assert text_key("a pot", "f") == "f768fe87cd88214827abcbfd0922669fbae460cd48d37e11f60937d83231f389", "a change here empties every cache"
 
 
 # --- broken pictures, broken entries ---------------------------------------------------------------------------------
 
 
 def test_a_picture_that_breaks_at_decoding(pots: Path) -> None:
-    """Everything else is cached, then one DataError names it; with the picture gone nothing is encoded again."""
+    """It is a row of the cache's plan, everything else is cached and usable; with the picture gone nothing is encoded again."""
     path = add(pots, "broken.jpg", 50, "caption 1", (256, 256))
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
     assert "broken.jpg" in {i.path.name for i in plan_of(pots).catalog.items}, "the header can still be read"
-    with pytest.raises(DataError) as caught:
-        build(pots)
-    assert "1 picture cannot be decoded" in str(caught.value)
-    assert f"{path}: " in str(caught.value)
-    assert len(entries(pots)) == 22
+    cache, _ = build(pots)
+    assert [(p.path, "cannot be decoded, though its header" in p.reason) for p in cache.plan.left_out] == [(path, True)]
+    assert {p.item.path.name for p in cache.plan.train} == {f"{n}.png" for n in range(10)}
+    read_all(cache)
+    assert (cache.hits, cache.misses) == (0, len(entries(pots))) == (0, 22)
+    assert [p.path for p in build(pots)[0].plan.left_out] == [path], "a second build says it again"
     path.unlink()
     assert fresh(pots, Unloadable()) == []
+
+
+def test_no_picture_can_be_decoded(pots: Path) -> None:
+    """The build ends with what can be done, and the cache is refused with names and reasons."""
+    for path in pots.glob("*.png"):
+        path.unlink()
+    for n in range(3):
+        path = add(pots, f"{n}.jpg", n, size=(200, 200))
+        path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(DataError, match=r"no picture is left to train on:\n .*\.jpg: cannot be decoded"):
+        build(pots)
+
+
+@pytest.mark.parametrize("kind", ["latents", "texts"])
+def test_a_flipped_bit_is_named_and_encoded_again(pots: Path, kind: str) -> None:
+    """A bit flipped anywhere in an entry: the next build names that entry alone, and ends bitwise as before."""
+    build(pots)
+    whole = entries(pots)
+    names = sorted(name for name in whole if name.startswith(kind))
+    for number, name in enumerate(names):
+        data = bytearray(whole[name])
+        data[len(data) * (2 * number + 1) // (2 * len(names))] ^= 1 << number % 8
+        (pots.parent / "cache" / name).write_bytes(data)
+        said = [r for r in CacheBuilder(plan_of(pots), Fake()) if not r.reused]
+        assert [Path(r.key).name for r in said] == [Path(name).stem], (number, said)
+        assert said[0].problem.startswith("encoded again: ")
+        assert name.split("/")[-1] in said[0].problem
+        assert entries(pots) == whole
+    cache, _ = build(pots)
+    assert cache.plan.left_out == ()
 
 
 def one_entry(folder: Path, kind: str) -> Path:
@@ -323,7 +355,7 @@ def test_entries_of_others_are_refused(pots: Path) -> None:
     path = one_entry(pots, "latents")
     other = next(p for p in path.parent.parent.rglob("*.safetensors") if p != path)
     shutil.copy(other, path)
-    with pytest.raises(CacheError, match="another entry; delete it and build the cache again"):
+    with pytest.raises(CacheError, match="another entry; build the cache again, which encodes this entry anew"):
         read_all(cache)
     save_file({"latent_CHW": torch.zeros(3, 8, 8)}, path)
     with pytest.raises(CacheError, match="another entry"):
@@ -365,7 +397,7 @@ def test_truncated_entries(pots: Path, length: int) -> None:
     path = one_entry(pots, "texts")
     data = path.read_bytes()
     path.write_bytes(data[:length])
-    with pytest.raises(CacheError, match=r"damaged .*; delete it and build the cache again"):
+    with pytest.raises(CacheError, match=r"damaged .*; build the cache again, which encodes this entry anew"):
         read_all(cache)
     path.unlink()
     read_all(build(pots)[0])

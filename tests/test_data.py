@@ -86,7 +86,7 @@ def test_empty_missing_and_wrong_sources_stop(tmp_path: Path) -> None:
     """An empty folder, a folder that is not there, and a file in its place each say which and why."""
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match=r"empty: it holds no picture \(\.bmp"):
+    with pytest.raises(DataError, match=r"empty: it holds no picture \(\.avif"):
         discover(empty)
     with pytest.raises(DataError, match=r"absent: no such folder \(from "):
         discover(tmp_path / "absent")

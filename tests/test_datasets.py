@@ -344,13 +344,13 @@ def test_unreadable_files_are_rows(tmp_path: Path) -> None:
     [
         ({"minimum_image_size": 100}, {"big", "tall", "wide"}), ({"minimum_image_size": 0}, {"big", "small", "tall", "wide"}),
         ({"minimum_image_size": 0.02, "resolution_type": "area", "resolution": 1.0}, {"big", "tall", "wide"}),
-        ({"minimum_image_size": 100, "resolution_type": "pixel"}, {"big"}),
+        ({"minimum_image_size": 110, "resolution_type": "pixel"}, {"big"}),
         ({"minimum_aspect_ratio": 0.5}, {"big", "small", "wide"}), ({"maximum_aspect_ratio": 2.0}, {"big", "small", "tall"}),
     ],
 )  # fmt: skip
 def test_sizes_and_shapes_that_are_left_out(tmp_path: Path, values: dict[str, Any], left: set[str]) -> None:
     """Each limit leaves out exactly what is beyond it, with a reason."""
-    for name, size in {"big": (400, 400), "small": (90, 90), "tall": (80, 400), "wide": (400, 80)}.items():
+    for name, size in {"big": (400, 400), "small": (90, 90), "tall": (100, 400), "wide": (400, 100)}.items():
         picture(tmp_path / "in" / f"{name}.png", *size)
     catalog = discover(entry(tmp_path, **{"resolution": 64, **values}))
     assert {i.path.stem for i in catalog.items} == left

@@ -120,6 +120,28 @@ def test_ten_updates_that_move_nothing_are_an_error() -> None:
     assert made.updates == 10
 
 
+def test_what_torch_draws_in_an_update_follows_the_seed_and_k() -> None:
+    """Adapter dropout and the like: other numbers in each update, the same whatever was drawn before, and none of it leaks out."""
+    drawn: list[list[float]] = []
+    for start in (1, 2):
+        made, toy = engine()
+        drawn.append([])
+
+        def velocity(*a: torch.Tensor, toy: Toy = toy, row: list[float] = drawn[-1]) -> torch.Tensor:
+            row.append(float(torch.rand(())))
+            return toy(*a)
+
+        made.velocity = velocity
+        torch.manual_seed(start)
+        for _ in range(3):
+            made.update(peak_learning_rate=0.01)
+        after = float(torch.rand(()))
+        torch.manual_seed(start)
+        assert after == float(torch.rand(())), "the process's own generator is where it was"
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 6, "three updates of two batches each"
+
+
 def test_state_round_trip_continues_bitwise() -> None:
     """2 + 2 updates through a state dict are the 4 updates."""
     whole, _ = engine()

@@ -318,3 +318,17 @@ def test_bf16_trains_with_an_fp32_adapter(bench: Workbench) -> None:
     assert dict(trainer.manifest.dtypes)["base"] == "bfloat16"
     assert {t.dtype for t in trainer.state_dict()["adapter"].values()} == {torch.float32}
     assert {t.dtype for t in trainer.state_dict()["optimizer"].values()} == {torch.float32}
+
+
+def test_sizes_beyond_the_models_positions_stop_before_training(bench: Workbench, tmp_path: Path) -> None:
+    """A picture of an extreme shape is told from the model's own limit, and no run folder is made."""
+    from PIL import Image
+
+    Image.new("RGB", (4000, 40), (9, 9, 9)).save(tmp_path / "long.png")
+    (tmp_path / "long.txt").write_text("a line")
+    (tmp_path / "d.yaml").write_text("[{id: a, instance_data_dir: ., resolution: 64, maximum_aspect_ratio: 100}]")
+    config = bench.config(cache_dir=str(tmp_path / "cache"), output_dir=str(tmp_path / "run"))
+    cache = st.CacheBuilder(st.plan(st.discover(tmp_path / "d.yaml"), config), st.encoders(config)).build()
+    with pytest.raises(st.DataError, match=r"640x16 px: this model knows sides of at most 256 px; lower resolution"):
+        st.Trainer(config, cache)
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -18,7 +18,6 @@ from sd3tune.cache.store import Store
 from sd3tune.data.buckets import Bucket, Placement
 from sd3tune.data.images import BROKEN, read_rgb
 from sd3tune.data.planning import Plan
-from sd3tune.errors import DataError
 from sd3tune.records import CacheRecord
 
 if TYPE_CHECKING:
@@ -76,14 +75,14 @@ class Encoders(Protocol):
 class Cache:
     """The encoded plan. Ask by placement or by text."""
 
-    def __init__(self, plan: Plan, encoders: Encoders, *, hits: int = 0, misses: int = 0) -> None:
+    def __init__(self, plan: Plan, encoders: Encoders, *, store: Store | None = None, hits: int = 0, misses: int = 0) -> None:
         self.plan, self.hits, self.misses = plan, hits, misses
-        self._store = Store(Path(plan.cache_dir))
+        self._store = store or Store(Path(plan.cache_dir))
         self._latent_mark, self._text_mark = encoders.latent_fingerprint, encoders.text_fingerprint
 
     def latent(self, placement: Placement) -> Tensor:
         """Scaled latent C H W. Raises: CacheError."""
-        key = latent_key(placement.item.pixels, placement.geometry, self._latent_mark)
+        key = latent_key(placement.item.pixels, placement.geometry, self._latent_mark, placement.item.dataset.background)
         return self._store.read("latents", key, ["latent_CHW"])[0]
 
     def text(self, caption: str) -> Text:
@@ -106,48 +105,59 @@ class CacheBuilder:
         self._store = Store(Path(plan.cache_dir))
 
     def build(self) -> Cache:
-        """Encode what is missing. Raises: DataError naming every picture that cannot be decoded, after all others are done."""
+        """Encode what is missing. Pictures that cannot be decoded are rows of the cache's plan. Raises: DataError when none is left."""
         return self.cache(list(self))
 
     def cache(self, records: Sequence[CacheRecord]) -> Cache:
-        """The cache of a finished iteration, which yielded ``records``."""
+        """The cache of a finished iteration, which yielded ``records``. Raises: DataError when no picture is left to train on."""
         reused = sum(record.reused for record in records)
-        return Cache(self.plan, self._encoders, hits=reused, misses=len(records) - reused)
+        broken = {record.name: record.problem for record in records if record.problem and not self._store.has(record.kind, record.key)}
+        found = len(records) - len(broken)
+        return Cache(self.plan.without(broken), self._encoders, store=self._store, hits=reused, misses=found - reused)
 
     def __len__(self) -> int:
         """Entries of the plan, whether encoded or not."""
-        return sum(len(jobs) for _, jobs in (*self._text_groups(), *self._latent_groups()))
+        return sum(len(jobs) for _, jobs in self._groups())
 
     def __iter__(self) -> Iterator[CacheRecord]:
-        groups = [*self._text_groups(), *self._latent_groups()]
-        total, done, broken = sum(len(jobs) for _, jobs in groups), 0, list[str]()
+        groups = self._groups()
+        total, done = sum(len(jobs) for _, jobs in groups), 0
+        missing: list[tuple[str, list[_Job], dict[str, str]]] = []
         for kind, jobs in groups:
+            wanted: dict[str, str] = {}
             for job in jobs:
-                if self._store.has(kind, job.key):
+                if not self._store.has(kind, job.key):
+                    wanted[job.key] = ""
+                elif damage := self._store.damage(kind, job.key):
+                    wanted[job.key] = f"encoded again: {damage}"
+                else:
                     done += 1
                     yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=True)
-        missing = [(kind, jobs) for kind, jobs in groups if not all(self._store.has(kind, j.key) for j in jobs)]
+            if wanted:
+                missing.append((kind, jobs, wanted))
         if not missing:
             return
         with self._encoders.load() as loaded:
-            for kind, jobs in missing:
-                fresh = {job.key for job in jobs if not self._store.has(kind, job.key)}
-                if kind == "texts":
-                    tensors = [states._asdict() for states in loaded.encode_texts([job.text for job in jobs])]
-                else:
-                    jobs, pictures = self._decode(jobs, broken)
-                    tensors = [{"latent_CHW": z} for z in loaded.encode_images(pictures)] if pictures else []
-                for job, values in zip(jobs, tensors, strict=True):
-                    if job.key in fresh:
-                        self._store.write(kind, job.key, values, group=len(jobs))
-                        done += 1
-                        yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=False)
-        if broken:
-            listed = "\n  ".join(broken)
-            raise DataError(
-                f"{len(broken)} picture{'s' * (len(broken) > 1)} cannot be decoded, though the header could be read; replace it or move "
-                f"it out of the folder, and build again (all others are cached):\n  {listed}"
-            )
+            for kind, jobs, wanted in missing:
+                for job, problem in self._encode(loaded, kind, jobs, wanted):
+                    done += 1
+                    yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=False, problem=problem)
+
+    def _encode(self, loaded: LoadedEncoders, kind: str, jobs: list[_Job], wanted: Mapping[str, str]) -> Iterator[tuple[_Job, str]]:
+        """Encode a group and put its ``wanted`` members in place; yields each of them with what should be said of it."""
+        if kind == "texts":
+            tensors = [states._asdict() for states in loaded.encode_texts([job.text for job in jobs])]
+        else:
+            jobs, pictures, broken = _decode(jobs)
+            yield from ((job, reason) for job, reason in broken if job.key in wanted)
+            tensors = [{"latent_CHW": z} for z in loaded.encode_images(pictures)] if pictures else []
+        for job, values in zip(jobs, tensors, strict=True):
+            if job.key in wanted:
+                self._store.write(kind, job.key, values, group=len(jobs))
+                yield job, wanted[job.key]
+
+    def _groups(self) -> list[tuple[str, list[_Job]]]:
+        return [*self._text_groups(), *self._latent_groups()]
 
     def _text_groups(self) -> list[tuple[str, list[_Job]]]:
         mark = self._encoders.text_fingerprint
@@ -158,7 +168,7 @@ class CacheBuilder:
         mark = self._encoders.latent_fingerprint
         by_bucket: dict[Bucket, dict[str, _Job]] = {}
         for placement in (v for p in (*self.plan.train, *self.plan.evaluation) for v in p.variants):
-            key = latent_key(placement.item.pixels, placement.geometry, mark)
+            key = latent_key(placement.item.pixels, placement.geometry, mark, placement.item.dataset.background)
             by_bucket.setdefault(placement.bucket, {})[key] = _Job(key, str(placement.item.path), placement, "")
         return [
             ("latents", chunk)
@@ -166,17 +176,18 @@ class CacheBuilder:
             for chunk in _chunks([by_bucket[bucket][key] for key in sorted(by_bucket[bucket])], self.plan.vae_batch_size)
         ]
 
-    @staticmethod
-    def _decode(jobs: list[_Job], broken: list[str]) -> tuple[list[_Job], list[Image]]:
-        """The jobs whose pictures can be decoded, and those pictures; the others are added to ``broken``."""
-        pairs: list[tuple[_Job, Image]] = []
-        for job in jobs:
-            assert job.placement is not None
-            try:
-                pairs.append((job, cut(job.placement)))
-            except BROKEN as error:
-                broken.append(f"{job.name}: {error}")
-        return [job for job, _ in pairs], [picture for _, picture in pairs]
+
+def _decode(jobs: list[_Job]) -> tuple[list[_Job], list[Image], list[tuple[_Job, str]]]:
+    """The jobs whose pictures can be decoded, those pictures, and the other jobs with the reason."""
+    pairs: list[tuple[_Job, Image]] = []
+    broken: list[tuple[_Job, str]] = []
+    for job in jobs:
+        assert job.placement is not None
+        try:
+            pairs.append((job, cut(job.placement)))
+        except BROKEN as error:
+            broken.append((job, f"cannot be decoded, though its header could be read ({error})"))
+    return [job for job, _ in pairs], [picture for _, picture in pairs], broken
 
 
 def cut(placement: Placement) -> Image:
@@ -184,7 +195,9 @@ def cut(placement: Placement) -> Image:
     from PIL.Image import Resampling, Transpose
 
     resized, left, top, bucket, mirrored = placement.geometry
-    picture = read_rgb(placement.item.path).resize(resized, Resampling.LANCZOS)
+    picture = read_rgb(placement.item.path, background=placement.item.dataset.background, wanted=resized).resize(
+        resized, Resampling.LANCZOS
+    )
     picture = picture.crop((left, top, left + bucket.width, top + bucket.height))
     return picture.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from sd3tune.data.buckets import Geometry
 from sd3tune.files import digest
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when the meaning of the stored tensors changes."""
 
 
-def latent_key(pixels: str, geometry: Geometry, fingerprint: str) -> str:
-    """Key of a picture's latent: its bytes, how it is resized and cut, and the autoencoder that sees it."""
+def latent_key(pixels: str, geometry: Geometry, fingerprint: str, background: str = "white") -> str:
+    """Key of a picture's latent: its bytes, how it is resized and cut, what is behind it, and the autoencoder that sees it."""
     (width, height), left, top, bucket, mirrored = geometry
-    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored, fingerprint)
+    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored, background, fingerprint)
 
 
 def text_key(caption: str, fingerprint: str) -> str:

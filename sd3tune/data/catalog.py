@@ -193,8 +193,8 @@ def unsuitable(dataset: Dataset, width: int, height: int) -> str:
     if least is not None and size < least:
         return f"{width}x{height} px is below minimum_image_size ({least:g}, {dataset.resolution_type})"
     shape = round(width / height, 2)
-    if dataset.minimum_aspect_ratio is not None and shape < dataset.minimum_aspect_ratio:
+    if shape < dataset.minimum_aspect_ratio:
         return f"its shape {shape:g} is below minimum_aspect_ratio ({dataset.minimum_aspect_ratio:g})"
-    if dataset.maximum_aspect_ratio is not None and shape > dataset.maximum_aspect_ratio:
+    if shape > dataset.maximum_aspect_ratio:
         return f"its shape {shape:g} is above maximum_aspect_ratio ({dataset.maximum_aspect_ratio:g})"
     return ""

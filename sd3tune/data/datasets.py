@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from PIL import ImageColor
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class Dataset:
         Literal["center", "random", "corner"], about("Where to cut: the middle, anywhere, or the lower right corner.")
     ] = "center"
     crop_variants: Annotated[int, about("Random cuts of each picture that are encoded; epochs go through them.", low=1, high=100)] = 1
+    background: Annotated[str, about("Colour behind transparent pictures: a name or #rrggbb.")] = "white"
     flip: Annotated[Literal["none", "horizontal"], about("horizontal: each picture is also seen mirrored.")] = "none"
     max_upscale_threshold: Annotated[
         float | None, about("closest and random leave out shapes that need more enlargement: 0.2 is 20 %.", low=0, high=10)
@@ -80,8 +82,8 @@ class Dataset:
         float | None, about("Larger pictures are first scaled to target_downsample_size, then cut.", above=0, high=65536)
     ] = None
     target_downsample_size: Annotated[float | None, about("See maximum_image_size; unit of resolution_type.", above=0, high=8192)] = None
-    minimum_aspect_ratio: Annotated[float | None, about("Narrower pictures (width / height) are left out.", above=0, high=100)] = None
-    maximum_aspect_ratio: Annotated[float | None, about("Wider pictures (width / height) are left out.", above=0, high=100)] = None
+    minimum_aspect_ratio: Annotated[float, about("Narrower pictures (width / height) are left out.", above=0, high=100)] = 0.25
+    maximum_aspect_ratio: Annotated[float, about("Wider pictures (width / height) are left out.", above=0, high=100)] = 4.0
 
     caption_strategy: Annotated[
         Literal["textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet"], about("Where captions come from.")
@@ -258,13 +260,17 @@ def contradictions(d: Dataset) -> list[str]:
         problems.append("target_downsample_size is larger than maximum_image_size")
     if d.target_downsample_size is not None and d.target_downsample_size < d.resolution:
         problems.append("target_downsample_size is below resolution: pictures would be scaled down and up again")
+    try:
+        ImageColor.getrgb(d.background)
+    except ValueError:
+        problems.append(f"background: {d.background!r} is not a colour; write a name such as white, or #rrggbb")
     if d.crop_variants > 1 and not (d.crop and d.crop_style == "random"):
         problems.append("crop_variants needs crop: true and crop_style: random")
     if d.resolution_type == "area" and d.resolution > 16:
         problems.append(f"resolution {d.resolution:g} with resolution_type area is {d.resolution:g} megapixels; did you mean pixel_area?")
     if d.resolution_type != "area" and d.resolution < 16:
         problems.append(f"resolution {d.resolution:g} is in px with resolution_type {d.resolution_type}; did you mean area (megapixels)?")
-    if d.minimum_aspect_ratio and d.maximum_aspect_ratio and d.minimum_aspect_ratio > d.maximum_aspect_ratio:
+    if d.minimum_aspect_ratio > d.maximum_aspect_ratio:
         problems.append("minimum_aspect_ratio is above maximum_aspect_ratio")
     wants_prompt = d.caption_strategy == "instanceprompt" or d.prepend_instance_prompt or d.only_instance_prompt
     if wants_prompt and not d.instance_prompt:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
 """What Pillow raises for files that are not the picture they claim to be."""
 
+ORIENTATION = 274
 ROTATED = frozenset({5, 6, 7, 8})
-"""Orientations of the EXIF tag 274 that swap width and height."""
+"""Values of the EXIF tag 274 that swap width and height."""
+
+DRAFT = 3.0
+"""JPEG may be decoded at a half, a quarter or an eighth if that is still this much larger than what is wanted.
+
+Measured on 1/f noise at quality 90: a mean error of 0.5 to 1.0 of 255 at 3.0, but 1.3 to 2.1 at 1.9.
+"""
 
 
 def size(path: Path) -> tuple[int, int]:
     """Width and height in pixels as shown, EXIF rotation included. Raises: one of ``BROKEN``."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd tags
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as opened:
                 width, height = opened.size
-                turned = opened.getexif().get(274) in ROTATED
+                turned = opened.getexif().get(ORIENTATION) in ROTATED
             with Image.open(path) as opened:
                 opened.verify()
         except Image.DecompressionBombWarning as warning:
@@ -39,13 +48,61 @@ def measure(width: int, height: int, unit: str) -> float:
     return width * height / 1e6 if unit == "area" else math.sqrt(width * height)
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The picture upright, on white where it is transparent. Raises: one of ``BROKEN``."""
-    with Image.open(path) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        if upright.mode not in ("RGBA", "LA", "PA") and "transparency" not in upright.info:
-            return upright.convert("RGB")
-        layered = upright.convert("RGBA")
-    white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
-    white.alpha_composite(layered)
-    return white.convert("RGB")
+def read_rgb(path: Path, *, background: str = "white", wanted: tuple[int, int] | None = None) -> Image.Image:
+    """The first frame, upright, in sRGB, on ``background`` where it is transparent. Raises: one of ``BROKEN``.
+
+    ``wanted`` is the size it will be resized to: a JPEG may then be decoded smaller, but never below `DRAFT` times that.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as opened:
+            if wanted is not None and opened.format == "JPEG":
+                turned = opened.getexif().get(ORIENTATION) in ROTATED
+                least = [math.ceil(DRAFT * side) for side in (wanted[::-1] if turned else wanted)]
+                opened.draft(None, (least[0], least[1]))
+            upright = ImageOps.exif_transpose(opened)
+        layered = in_srgb(upright)
+    if layered.mode == "RGB":
+        return layered
+    below = Image.new("RGBA", layered.size, (*ImageColor.getrgb(background)[:3], 255))
+    below.alpha_composite(layered)
+    return below.convert("RGB")
+
+
+def in_srgb(picture: Image.Image) -> Image.Image:
+    """The picture as RGB, or RGBA where it is transparent, 8 bits, in sRGB. Raises: ValueError for floating-point pictures."""
+    profile = picture.info.get("icc_profile")
+    if picture.mode == "F":
+        raise ValueError("pictures of floating-point numbers have no range; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        wide = picture.convert("I")
+        scale = 1 / 257 if wide.getextrema()[1] > 255 else 1.0  # type: ignore[operator]
+        return wide.point(lambda value: value * scale + 0).convert("L").convert("RGB")
+    if picture.mode == "LAB":
+        return _transformed(picture, ImageCms.createProfile("LAB"), "RGB")
+    transparent = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+    if profile and picture.mode in ("RGB", "CMYK", "L"):
+        plain = _with_profile(picture, profile)
+    else:
+        plain = picture.convert("RGBA" if transparent else "RGB")
+        if profile and transparent:
+            plain = Image.merge("RGBA", [*_with_profile(plain.convert("RGB"), profile).split(), plain.getchannel("A")])
+    return plain
+
+
+def _with_profile(picture: Image.Image, profile: bytes) -> Image.Image:
+    """RGB by an embedded ICC profile; as if it had none when the profile is damaged or of another kind of picture."""
+    try:
+        embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if picture.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(embedded).lower():
+            return picture
+        return _transformed(picture, embedded, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return picture.convert("RGB")
+
+
+def _transformed(picture: Image.Image, source: object, mode: str) -> Image.Image:
+    result = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)  # type: ignore[arg-type]
+    assert result is not None
+    result.info.pop("icc_profile", None)
+    return result

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from sd3tune.config.schema import RunConfig
@@ -71,6 +73,17 @@ class Plan(Shown):
         """Everything that is left out, and why."""
         return (*self.catalog.problems, *self.left_out)
 
+    def without(self, broken: Mapping[str, str]) -> Plan:
+        """The plan without the pictures of some paths, each with its reason. Raises: DataError when none is left to train on."""
+        if not broken:
+            return self
+        kept = tuple(p for p in self.train if str(p.item.path) not in broken)
+        if not kept:
+            raise DataError("no picture is left to train on:\n  " + "\n  ".join(f"{path}: {why}" for path, why in [*broken.items()][:5]))
+        held = tuple(p for p in self.evaluation if str(p.item.path) not in broken)
+        problems = tuple(Problem(Path(path), reason) for path, reason in sorted(broken.items()))
+        return replace(self, train=kept, evaluation=held, left_out=(*self.left_out, *problems))
+
     def sentence(self, seconds_per_update: float | None = None) -> str:
         """What the run will do, in one sentence."""
         pictures = len({p.item.path for p in self.train})
@@ -114,7 +127,7 @@ class Plan(Shown):
                     f"{name} {bucket}: {len(rows)} of a batch of {size}, trained as one short batch; to change that: "
                     f"`repeats: {need}`, or `train_batch_size: {len(rows)}`, or `small_bucket: merge`"
                 )
-        return said
+        return [*said[:3], f"and {len(said) - 3} more sizes with less than a batch"] if len(said) > 4 else said
 
 
 def _number(value: float) -> str:

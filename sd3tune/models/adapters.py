@@ -1,11 +1,9 @@
-"""The LoRA inside a transformer: put it in, name its weights, switch it off for a while."""
+"""The LoRA inside a transformer: put it in, and name its weights."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,13 +64,3 @@ def add_lora(transformer: Any, targets: Targets, *, rank: int, alpha: float, dro
 def file_name(name: str) -> str:
     """A weight's name without peft's adapter name: ``...to_q.lora_A.default.weight`` is ``...to_q.lora_A.weight``."""
     return name.replace(".default.", ".")
-
-
-@contextmanager
-def without_adapter(transformer: Any) -> Iterator[None]:
-    """The base model for the duration of the block."""
-    transformer.disable_adapters()
-    try:
-        yield
-    finally:
-        transformer.enable_adapters()

@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
         if name == "train":
             made.add_argument("--resume", metavar="RUN", help="go on with a run folder instead")
+    imported = verb("import-simpletuner", _import, "turn SimpleTuner's two files into run.yaml and datasets.yaml, with a report")
+    imported.add_argument("config", help="config.json, a TOML file or config.env")
+    imported.add_argument("datasets", nargs="?", help="multidatabackend.json; looked for where the first file says when left out")
+    imported.add_argument("--to", default=".", metavar="FOLDER", help="where to write (%(default)s); nothing is overwritten")
     listed = verb("runs", _runs, "list the runs of a folder")
     listed.add_argument("folder", nargs="?", default="runs")
     known = verb("settings", _settings, "list settings, with their meaning and default")
@@ -116,6 +120,12 @@ def _drive(trainer: Trainer) -> int:
         return 130
     print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
     return 0
+
+
+def _import(options: argparse.Namespace) -> None:
+    made = st.from_simpletuner(options.config, options.datasets)
+    run, datasets = made.save(options.to)
+    print(f"{made}\nwritten: {run} and {datasets}\nlook at it with: sd3tune plan {run} --data {datasets}")
 
 
 def _runs(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "recipe" not in p.parts]
 PUBLIC = {
     "RunConfig", "presets", "check", "discover", "Catalog", "plan", "Plan", "encoders", "CacheBuilder", "Cache", "Batches", "Trainer",
     "StepRecord", "runs", "Sd3TuneError", "ConfigError", "DataError", "CacheError", "ModelError", "FileError", "CheckpointError",
-    "TrainingError",
+    "TrainingError", "from_simpletuner",
 }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ import sd3tune as st3
 from sd3tune.config import presets
 from sd3tune.data import discover
 from sd3tune.data.captions import filtered, shuffled
-from sd3tune.data.datasets import LATER, REFUSED, UNNECESSARY, CaptionShuffle, Dataset, read_datasets
+from sd3tune.data.datasets import CaptionShuffle, Dataset
+from sd3tune.data.entries import LATER, REFUSED, UNNECESSARY, read_datasets
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.training.batches import Batches
 

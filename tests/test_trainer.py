@@ -157,6 +157,20 @@ def test_a_whole_run_leaves_what_the_contract_names(bench: Workbench) -> None:
     assert any(row.path == folder.path and row.step == 12 and row.finished for row in listed)
 
 
+def test_every_resumed_part_of_the_history_has_its_number(bench: Workbench) -> None:
+    """Lines before, between and after two resumes are of segments 0, 1 and 2, each segment says where it comes from."""
+    trainer = bench.trainer()
+    folder = trainer.folder.path
+    for _ in range(2):
+        trainer.step()
+        trainer.checkpoint()
+        trainer = st.Trainer.resume(folder, trainer.cache)
+    trainer.step()
+    lines = read_lines(folder / "history.jsonl")
+    assert [(r["step"], r["segment"]) for r in lines if r["type"] == "step"] == [(1, 0), (2, 1), (3, 2)]
+    assert [(r["from_step"], r["parent"], r["segment"]) for r in lines if r["type"] == "segment"] == [(1, 0, 1), (2, 1, 2)]
+
+
 def test_manifest_says_what_was_found(bench: Workbench) -> None:
     """Counts, captions word for word, measured formats, cache hits."""
     manifest = bench.trainer().manifest

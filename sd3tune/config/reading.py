@@ -137,6 +137,11 @@ def _construct(flat: dict[str, Any]) -> tuple[RunConfig, dict[str, str]]:
     return RunConfig(**made), bad
 
 
+def values_refused(flat: dict[str, Any]) -> dict[str, str]:
+    """Leaf name -> a sentence, for those of the known leaves whose value is not allowed."""
+    return _construct(flat)[1]
+
+
 def build(settings: dict[str, Any], where: str = "the configuration") -> RunConfig:
     """Check settings and make a configuration of them. Raises: ConfigError with every problem at once."""
     return _finish(*_flatten(settings), where)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3tune.data import captions, images
-from sd3tune.data.datasets import Dataset, read_datasets
+from sd3tune.data.datasets import Dataset
+from sd3tune.data.entries import read_datasets
 from sd3tune.errors import DataError
 from sd3tune.files import digest, file_digest
 from sd3tune.shown import Shown

@@ -1,20 +1,16 @@
-"""The entries of ``datasets.yaml``: every key, declared once, and what becomes of keys that other tools know."""
+"""The keys of ``datasets.yaml``, each declared once: meaning, default, range."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from sd3tune.config.reading import nearest, read_yaml
 from sd3tune.config.schema import STRICT
-from sd3tune.errors import ConfigError
 
 
 def about(meaning: str, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -107,144 +103,9 @@ class Dataset:
     train_batch_size: Annotated[int | None, about("Batch size of this data set.", low=1, high=1024)] = None
 
 
-UNNECESSARY = {
-    "cache_dir_vae": "the cache is shared and keyed by content (cache_dir in the run's settings)",
-    "cache_dir": "the cache is shared and keyed by content (cache_dir in the run's settings)",
-    "text_embeds": "texts are encoded once for all data sets",
-    "image_embeds": "latents are encoded once for all data sets",
-    "default": "texts are encoded once for all data sets",
-    "write_batch_size": "every entry is written by itself, whole or not at all",
-    "vae_batch_size": "vae_batch_size is a setting of the run",
-    "text_encoder_batch_size": "text_encoder_batch_size is a setting of the run",
-    "skip_file_discovery": "looking is quick and never writes into the folder",
-    "metadata_backend": "sizes are read from the pictures' headers",
-    "preserve_data_backend_cache": "there is no list of files that could be out of date",
-    "vae_cache_clear_each_epoch": "a cache that is keyed by content is never out of date",
-    "vae_cache_ondemand": "only what is missing is encoded, before training",
-    "vae_cache_disable": "only what is missing is encoded, before training",
-    "text_cache_ondemand": "only what is missing is encoded, before training",
-    "text_cache_disable": "only what is missing is encoded, before training",
-    "aspect_resolution_map": "sizes follow from the shapes alone; `sd3tune plan` shows them",
-    "hash_filenames": "entries are named by content",
-    "cache_file_suffix": "entries are named by content",
-}
-"""Keys whose job the content-addressed cache has made unnecessary: accepted, and said to be so once."""
-
-EMBEDS = {"text_embeds": "texts", "image_embeds": "latents"}
-"""Kinds of entries that only said where other tools keep what they encode."""
-
-_NOTHING_IS_DELETED = "files are never deleted; pictures that cannot be used are listed and left out"
-REFUSED = {
-    "delete_unwanted_images": _NOTHING_IS_DELETED,
-    "delete_problematic_images": _NOTHING_IS_DELETED,
-    "delete_nsfw_images": _NOTHING_IS_DELETED,
-    "slider_strength": "slider training is out of scope",
-    "video": "video is out of scope",
-    "audio": "audio is out of scope",
-    "webshart": "webshart data sets are out of scope; unpack them into a folder",
-    "grounding": "grounding is out of scope",
-    "ignore_epochs": "use max_train_steps or num_train_epochs in the run's settings",
-}
-"""Keys that are never obeyed, with the reason."""
-
-_LATER = "is not there yet in this version; remove it"
-LATER = (
-    "conditioning", "conditioning_data", "conditioning_type", "source_dataset_id", "is_regularisation_data", "is_regularization_data",
-    "timestep_sampling_offset", "start_step", "end_step", "start_epoch", "end_epoch", "dataset_name", "image_column", "caption_column",
-    "split", "csv_url_column", "csv_cache_dir", "aws_bucket_name", "aws_endpoint_url", "aws_data_prefix", "aws_access_key_id",
-    "aws_secret_access_key", "aws_region_name",
-)  # fmt: skip
-"""Keys of data sets that this version cannot serve: refused, so that nobody trains on something else."""
-
-VALUES = {
-    ("dataset_type", "conditioning"): _LATER,
-    ("dataset_type", "video"): "is out of scope",
-    ("dataset_type", "audio"): "is out of scope",
-    ("dataset_type", "caption"): "is out of scope; use caption_strategy",
-    ("dataset_type", "conditioning_image_embeds"): "is out of scope",
-    ("type", "aws"): _LATER.replace("remove it", "copy the pictures into a folder"),
-    ("type", "csv"): _LATER.replace("remove it", "copy the pictures into a folder"),
-    ("type", "huggingface"): _LATER.replace("remove it", "copy the pictures into a folder"),
-    ("type", "webshart"): "is out of scope; unpack it into a folder",
-    ("caption_strategy", "huggingface"): _LATER.replace("remove it", "write the captions into a table"),
-    ("crop_style", "face"): _LATER.replace("remove it", "use center or random"),
-    ("conditioning_type", "mask"): _LATER,
-    ("conditioning_type", "segmentation"): _LATER,
-}
-"""Values that other tools know, and why they are refused."""
-
-ALIASES = {"disable": "disabled", "is_regularization_data": "is_regularisation_data", "conditioning_data": "conditioning_data"}
-
-
-def read_datasets(path: Path) -> tuple[list[Dataset], tuple[str, ...]]:
-    """The entries of a ``datasets.yaml`` that are not disabled, and what should be said of them.
-
-    Raises: ConfigError with every problem at once.
-    """
-    content = read_yaml(path)
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise ConfigError(["the file is not a list of data sets"], str(path))
-    found: list[Dataset] = []
-    problems: list[str] = []
-    ids: list[str] = []
-    unnecessary: set[str] = set()
-    for number, row in enumerate(content, start=1):
-        rows = {str(key): value for key, value in row.items()}
-        name = f"data set {rows.get('id', number)!r}"
-        embeds = rows.get("dataset_type")
-        if isinstance(embeds, str) and embeds in EMBEDS:
-            unnecessary.add(f"dataset_type {embeds}: {EMBEDS[embeds]} are kept in one cache, keyed by content; the entry is not needed")
-            continue
-        ids.append(str(rows.get("id", number)))
-        made, wrong = _entry(rows, unnecessary)
-        problems += [f"{name}: {problem}" for problem in wrong]
-        if made:
-            found.append(made)
-    problems += [f"id {twice!r} is used twice" for twice in sorted({i for i in ids if ids.count(i) > 1})]
-    if problems:
-        raise ConfigError(problems, str(path))
-    return [d for d in found if not d.disabled], tuple(sorted(unnecessary))
-
-
-def _entry(rows: Mapping[str, Any], unnecessary: set[str]) -> tuple[Dataset | None, list[str]]:
-    """An entry, or what is wrong with it; what need not be said any more is added to ``unnecessary``."""
-    known = [f.name for f in dataclasses.fields(Dataset)]
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for given, value in rows.items():
-        key = ALIASES.get(given, given)
-        if key in REFUSED:
-            problems += [f"{given}: {REFUSED[key]}"] if value not in (None, False) else []
-        elif key in LATER:
-            problems.append(f"{given} {_LATER}")
-        elif key in UNNECESSARY:
-            unnecessary.add(f"{given} is not needed: {UNNECESSARY[key]}")
-        elif key not in known:
-            problems.append(f"unknown key {given!r}{nearest(given, [*known, *UNNECESSARY, *LATER])}")
-        elif isinstance(value, str) and (key, value) in VALUES:
-            problems.append(f"{given} {value} {VALUES[key, value]}")
-        elif key in values:
-            problems.append(f"{key} is set twice")
-        else:
-            values[key] = value
-    try:
-        made = dataset_of(values)
-    except (ValueError, TypeError, RecursionError) as error:
-        if not isinstance(error, ValidationError):
-            return None, [*problems, f"is not plain data ({error})"]
-        refused = {problem.split(" ")[0].rstrip(":") for problem in problems}
-        wrong = {".".join(map(str, _where(one["loc"]))): one["msg"].removeprefix("Input should be ") for one in error.errors()}
-        return None, problems + [f"{leaf}: {wanted}" for leaf, wanted in wrong.items() if leaf.split(".")[0] not in refused]
-    return (None, problems) if problems else (made, contradictions(made))
-
-
 def dataset_of(values: Mapping[str, Any]) -> Dataset:
     """An entry from plain data such as YAML or JSON holds. Raises: pydantic.ValidationError."""
     return TypeAdapter(Dataset).validate_json(json.dumps(values, default=str))  # strict, but a list is a tuple there
-
-
-def _where(location: tuple[int | str, ...]) -> list[int | str]:
-    return [part for part in location if not (isinstance(part, str) and ("[" in part or part in ("str", "CaptionShuffle", "Parquet")))]
 
 
 def contradictions(d: Dataset) -> list[str]:

@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("config", help="config.json, a TOML file or config.env")
     imported.add_argument("datasets", nargs="?", help="multidatabackend.json; looked for where the first file says when left out")
     imported.add_argument("--to", default=".", metavar="FOLDER", help="where to write (%(default)s); nothing is overwritten")
+    kept = verb("cache", _cache, "build, verify, count, prune or explain what is encoded")
+    kept.add_argument("what", choices=("build", "verify", "stats", "prune", "explain"))
+    kept.add_argument("picture", nargs="?", help="explain: a picture's path")
+    kept.add_argument("--config", help="the run's YAML file; the playground's preset when left out")
+    kept.add_argument("--data", default="datasets.yaml", help="what is needed (%(default)s); for prune, everything else is unused")
+    kept.add_argument("--cache", metavar="FOLDER", help="the cache folder; that of the run's settings when left out")
+    kept.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
+    kept.add_argument("--yes", action="store_true", help="prune: really delete what was shown")
     listed = verb("runs", _runs, "list the runs of a folder")
     listed.add_argument("folder", nargs="?", default="runs")
     known = verb("settings", _settings, "list settings, with their meaning and default")
@@ -86,15 +94,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     if options.resume:
         trainer = st.Trainer.resume(options.resume)
     else:
         config, plan = _made_plan(options)
-        builder = st.CacheBuilder(plan, st.encoders(config))
-        records = list(tqdm(builder, desc="encoding", unit="entry"))
-        trainer = st.Trainer(config, builder.cache(records))
+        trainer = st.Trainer(config, _encoded(config, plan))
     print(trainer.manifest)
     return _drive(trainer)
 
@@ -120,6 +124,43 @@ def _drive(trainer: Trainer) -> int:
         return 130
     print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
     return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from sd3tune.cache import upkeep
+
+    root = options.cache or _config(options).run.cache_dir
+    if options.what == "stats":
+        print(upkeep.stats(root))
+    elif options.what == "verify":
+        found = list(upkeep.verify(root))
+        damaged = [said for _, said in found if said]
+        print("\n".join([*damaged, f"{len(found):,} entries, {len(damaged):,} damaged"]))
+        return 1 if damaged else 0
+    elif options.what == "build":
+        cache = _encoded(*_made_plan(options))
+        print(f"{cache.hits:,} entries reused, {cache.misses:,} encoded\n{cache.plan}")
+    elif options.what == "explain":
+        config, plan = _made_plan(options)
+        print(upkeep.explain(st.CacheBuilder(plan, st.encoders(config)), options.picture or ""))
+    else:
+        config, plan = _made_plan(options)
+        extra = upkeep.unused(root, [st.CacheBuilder(plan, st.encoders(config))])
+        size = sum(path.stat().st_size for path in extra)
+        print("\n".join([*map(str, extra), f"{len(extra):,} entries, {size / 1e6:,.1f} MB, are not needed by {options.data}"]))
+        if options.yes:
+            print(f"deleted: {upkeep.remove(root, extra) / 1e6:,.1f} MB")
+        elif extra:
+            print("nothing was deleted; the same command with --yes deletes them")
+    return 0
+
+
+def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
+    """The cache of a plan, with a progress bar."""
+    from tqdm import tqdm
+
+    builder = st.CacheBuilder(plan, st.encoders(config))
+    return builder.cache(list(tqdm(builder, desc="encoding", unit="entry")))
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sd3tune.cache.builder import Text
+from sd3tune.data import Bucket, Dataset, Item, Placement
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import Batch, generator, noise
 from sd3tune.training.engine import Engine, Rules
 from sd3tune.training.optim import learning_rate
+from sd3tune.validation.evaluate import evaluation_loss
 
 RULES = Rules(
     seed=5, accumulation=2, sigmoid_scale=1.0, shift=3.0, stratified=True, schedule="constant", warmup=0, total=10, max_grad_norm=1e9
@@ -140,6 +144,30 @@ def test_what_torch_draws_in_an_update_follows_the_seed_and_k() -> None:
         assert after == float(torch.rand(())), "the process's own generator is where it was"
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) == 6, "three updates of two batches each"
+
+
+def test_the_evaluation_loss_is_the_mean_over_pictures_and_levels() -> None:
+    """Twelve pictures of two sizes, a model that says zero: the mean of the noise's square, at every step the same."""
+    dataset = Dataset(id="d", instance_data_dir="d", dataset_type="eval")
+    rows = [Placement(Item(f"{n}", dataset, Path(f"{n}"), 64, 64, f"{n}", ("x",)), Bucket(64, 64 + 16 * (n % 2))) for n in range(12)]
+    latents = {p.item.id: torch.full((16, p.bucket.height // 8, 8), 0.1 * n) for n, p in enumerate(rows)}
+    cache: Any = SimpleNamespace(
+        plan=SimpleNamespace(evaluation=tuple(rows)), latent=lambda p: latents[p.item.id],
+        text=lambda caption: Text(torch.zeros(3, 2), torch.zeros(2)),
+    )  # fmt: skip
+    asked: list[float] = []
+
+    def zero(noisy: torch.Tensor, sigma: torch.Tensor, joint: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        asked.extend(sigma.tolist())
+        return torch.zeros_like(noisy)
+
+    record = evaluation_loss(zero, cache, sigmas=(0.25, 0.75), device=torch.device("cpu"), step=3)
+    wanted = sum(1 + (0.1 * n) ** 2 for n in range(12)) / 12
+    assert record.images == 12
+    assert record.loss == pytest.approx(wanted, rel=0.02)
+    assert record.losses_by_sigma == pytest.approx((wanted, wanted), rel=0.02)
+    assert sorted(asked) == [0.25] * 12 + [0.75] * 12
+    assert evaluation_loss(zero, cache, sigmas=(0.25, 0.75), device=torch.device("cpu"), step=99).losses_by_sigma == record.losses_by_sigma
 
 
 def test_state_round_trip_continues_bitwise() -> None:

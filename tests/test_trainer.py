@@ -157,6 +157,18 @@ def test_a_whole_run_leaves_what_the_contract_names(bench: Workbench) -> None:
     assert any(row.path == folder.path and row.step == 12 and row.finished for row in listed)
 
 
+def test_adapter_dropout_is_off_when_judging(bench: Workbench) -> None:
+    """Two evaluations of one adapter agree to the bit though dropout is half, and so do two drawings."""
+    trainer = bench.trainer(lora_dropout=0.5, learning_rate=1e-2, lr_warmup_steps=0)
+    for _ in range(3):
+        trainer.step()
+    assert trainer.evaluate().loss == trainer.evaluate().loss
+    first, second = (trainer.validate().rows[0][1][0] for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert first.tobytes() == second.tobytes()
+
+
 def test_every_resumed_part_of_the_history_has_its_number(bench: Workbench) -> None:
     """Lines before, between and after two resumes are of segments 0, 1 and 2, each segment says where it comes from."""
     trainer = bench.trainer()

@@ -90,11 +90,17 @@ class Cache:
         return TextStates(*self._store.read("texts", text_key(caption, self._text_mark), TextStates._fields)).joined()
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
+    """One entry that a plan needs: a cut of a picture, or a text."""
+
     key: str
     name: str
     placement: Placement | None
     text: str
+
+    def belongs_to(self, picture: Path) -> bool:
+        """Whether it is a cut of this picture."""
+        return self.placement is not None and self.placement.item.path in (picture, picture.absolute(), picture.resolve())
 
 
 class CacheBuilder:
@@ -102,7 +108,7 @@ class CacheBuilder:
 
     def __init__(self, plan: Plan, encoders: Encoders) -> None:
         self.plan, self._encoders = plan, encoders
-        self._store = Store(Path(plan.cache_dir))
+        self.store = Store(Path(plan.cache_dir))
 
     def build(self) -> Cache:
         """Encode what is missing. Pictures that cannot be decoded are rows of the cache's plan. Raises: DataError when none is left."""
@@ -111,9 +117,13 @@ class CacheBuilder:
     def cache(self, records: Sequence[CacheRecord]) -> Cache:
         """The cache of a finished iteration, which yielded ``records``. Raises: DataError when no picture is left to train on."""
         reused = sum(record.reused for record in records)
-        broken = {record.name: record.problem for record in records if record.problem and not self._store.has(record.kind, record.key)}
+        broken = {record.name: record.problem for record in records if record.problem and not self.store.has(record.kind, record.key)}
         found = len(records) - len(broken)
-        return Cache(self.plan.without(broken), self._encoders, store=self._store, hits=reused, misses=found - reused)
+        return Cache(self.plan.without(broken), self._encoders, store=self.store, hits=reused, misses=found - reused)
+
+    def wanted(self) -> Iterator[tuple[str, str, Job]]:
+        """Kind, key and job of every entry that the plan needs."""
+        yield from ((kind, job.key, job) for kind, jobs in self._groups() for job in jobs)
 
     def __len__(self) -> int:
         """Entries of the plan, whether encoded or not."""
@@ -122,13 +132,13 @@ class CacheBuilder:
     def __iter__(self) -> Iterator[CacheRecord]:
         groups = self._groups()
         total, done = sum(len(jobs) for _, jobs in groups), 0
-        missing: list[tuple[str, list[_Job], dict[str, str]]] = []
+        missing: list[tuple[str, list[Job], dict[str, str]]] = []
         for kind, jobs in groups:
             wanted: dict[str, str] = {}
             for job in jobs:
-                if not self._store.has(kind, job.key):
+                if not self.store.has(kind, job.key):
                     wanted[job.key] = ""
-                elif damage := self._store.damage(kind, job.key):
+                elif damage := self.store.damage(kind, job.key):
                     wanted[job.key] = f"encoded again: {damage}"
                 else:
                     done += 1
@@ -143,7 +153,7 @@ class CacheBuilder:
                     done += 1
                     yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=False, problem=problem)
 
-    def _encode(self, loaded: LoadedEncoders, kind: str, jobs: list[_Job], wanted: Mapping[str, str]) -> Iterator[tuple[_Job, str]]:
+    def _encode(self, loaded: LoadedEncoders, kind: str, jobs: list[Job], wanted: Mapping[str, str]) -> Iterator[tuple[Job, str]]:
         """Encode a group and put its ``wanted`` members in place; yields each of them with what should be said of it."""
         if kind == "texts":
             tensors = [states._asdict() for states in loaded.encode_texts([job.text for job in jobs])]
@@ -153,23 +163,23 @@ class CacheBuilder:
             tensors = [{"latent_CHW": z} for z in loaded.encode_images(pictures)] if pictures else []
         for job, values in zip(jobs, tensors, strict=True):
             if job.key in wanted:
-                self._store.write(kind, job.key, values, group=len(jobs))
+                self.store.write(kind, job.key, values, group=len(jobs))
                 yield job, wanted[job.key]
 
-    def _groups(self) -> list[tuple[str, list[_Job]]]:
+    def _groups(self) -> list[tuple[str, list[Job]]]:
         return [*self._text_groups(), *self._latent_groups()]
 
-    def _text_groups(self) -> list[tuple[str, list[_Job]]]:
+    def _text_groups(self) -> list[tuple[str, list[Job]]]:
         mark = self._encoders.text_fingerprint
-        jobs = sorted(_Job(text_key(text, mark), text, None, text) for text in self.plan.texts)
+        jobs = sorted(Job(text_key(text, mark), text, None, text) for text in self.plan.texts)
         return [("texts", chunk) for chunk in _chunks(jobs, self.plan.text_batch_size)]
 
-    def _latent_groups(self) -> list[tuple[str, list[_Job]]]:
+    def _latent_groups(self) -> list[tuple[str, list[Job]]]:
         mark = self._encoders.latent_fingerprint
-        by_bucket: dict[Bucket, dict[str, _Job]] = {}
+        by_bucket: dict[Bucket, dict[str, Job]] = {}
         for placement in (v for p in (*self.plan.train, *self.plan.evaluation) for v in p.variants):
             key = latent_key(placement.item.pixels, placement.geometry, mark, placement.item.dataset.background)
-            by_bucket.setdefault(placement.bucket, {})[key] = _Job(key, str(placement.item.path), placement, "")
+            by_bucket.setdefault(placement.bucket, {})[key] = Job(key, str(placement.item.path), placement, "")
         return [
             ("latents", chunk)
             for bucket in sorted(by_bucket)
@@ -177,10 +187,10 @@ class CacheBuilder:
         ]
 
 
-def _decode(jobs: list[_Job]) -> tuple[list[_Job], list[Image], list[tuple[_Job, str]]]:
+def _decode(jobs: list[Job]) -> tuple[list[Job], list[Image], list[tuple[Job, str]]]:
     """The jobs whose pictures can be decoded, those pictures, and the other jobs with the reason."""
-    pairs: list[tuple[_Job, Image]] = []
-    broken: list[tuple[_Job, str]] = []
+    pairs: list[tuple[Job, Image]] = []
+    broken: list[tuple[Job, str]] = []
     for job in jobs:
         assert job.placement is not None
         try:
@@ -202,5 +212,5 @@ def cut(placement: Placement) -> Image:
     return picture.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
 
 
-def _chunks(jobs: list[_Job], size: int) -> list[list[_Job]]:
+def _chunks(jobs: list[Job], size: int) -> list[list[Job]]:
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]

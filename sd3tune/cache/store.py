@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ from sd3tune.files import digest, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+KINDS = ("latents", "texts")
 
 
 class Store:
@@ -23,6 +26,12 @@ class Store:
     def path(self, kind: str, key: str) -> Path:
         """Where the entry is or would be."""
         return self.root / kind / key[:2] / f"{key}.safetensors"
+
+    def files(self, kind: str) -> Iterator[tuple[str, Path]]:
+        """Key and file of each entry, in the order of the keys."""
+        for path in sorted((self.root / kind).glob("??/*.safetensors")):
+            if not path.name.startswith("."):
+                yield path.stem, path
 
     def has(self, kind: str, key: str) -> bool:
         """Whether the entry is there."""

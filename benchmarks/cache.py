@@ -144,7 +144,8 @@ def read(folder: Path, rounds: int, entries: int = 48) -> dict[str, dict[str, fl
     values = {
         "latents": {"latent_CHW": torch.randn(16, 128, 128, dtype=torch.bfloat16)},
         "texts": {
-            "clip_LD": torch.randn(77, 2048).bfloat16(), "t5_LD": torch.randn(154, 4096).bfloat16(), "pooled_P": torch.randn(2048).bfloat16(),
+            "clip_LD": torch.randn(77, 2048).bfloat16(), "t5_LD": torch.randn(154, 4096).bfloat16(),
+            "pooled_P": torch.randn(2048).bfloat16(),
         },
     }  # fmt: skip
     found = {}

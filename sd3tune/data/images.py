@@ -60,8 +60,9 @@ def read_rgb(path: Path, *, background: str = "white", wanted: tuple[int, int] |
                 turned = opened.getexif().get(ORIENTATION) in ROTATED
                 least = [math.ceil(DRAFT * side) for side in (wanted[::-1] if turned else wanted)]
                 opened.draft(None, (least[0], least[1]))
-            upright = ImageOps.exif_transpose(opened)
-        layered = in_srgb(upright)
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            layered = in_srgb(opened)
     if layered.mode == "RGB":
         return layered
     below = Image.new("RGBA", layered.size, (*ImageColor.getrgb(background)[:3], 255))
@@ -72,6 +73,8 @@ def read_rgb(path: Path, *, background: str = "white", wanted: tuple[int, int] |
 def in_srgb(picture: Image.Image) -> Image.Image:
     """The picture as RGB, or RGBA where it is transparent, 8 bits, in sRGB. Raises: ValueError for floating-point pictures."""
     profile = picture.info.get("icc_profile")
+    if picture.mode == "RGB" and not profile and "transparency" not in picture.info:
+        return picture  # `convert` would copy it
     if picture.mode == "F":
         raise ValueError("pictures of floating-point numbers have no range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):

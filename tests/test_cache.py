@@ -297,6 +297,17 @@ def test_a_picture_that_breaks_at_decoding(pots: Path) -> None:
     assert fresh(pots, Unloadable()) == []
 
 
+def test_a_broken_picture_that_lies_there_twice(pots: Path) -> None:
+    """Both files are rows: no batch asks for the entry that neither of them has."""
+    path = add(pots, "broken.jpg", 50, "caption 1", (256, 256))
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2])
+    (pots / "again.jpg").write_bytes(path.read_bytes())
+    (pots / "again.txt").write_text("caption 2")
+    cache, _ = build(pots)
+    assert sorted(p.path.name for p in cache.plan.left_out) == ["again.jpg", "broken.jpg"]
+    read_all(cache)
+
+
 def test_no_picture_can_be_decoded(pots: Path) -> None:
     """The build ends with what can be done, and the cache is refused with names and reasons."""
     for path in pots.glob("*.png"):

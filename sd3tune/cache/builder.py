@@ -117,9 +117,13 @@ class CacheBuilder:
     def cache(self, records: Sequence[CacheRecord]) -> Cache:
         """The cache of a finished iteration, which yielded ``records``. Raises: DataError when no picture is left to train on."""
         reused = sum(record.reused for record in records)
-        broken = {record.name: record.problem for record in records if record.problem and not self.store.has(record.kind, record.key)}
+        broken = {record.key: record.problem for record in records if record.problem and not self.store.has(record.kind, record.key)}
         found = len(records) - len(broken)
-        return Cache(self.plan.without(broken), self._encoders, store=self.store, hits=reused, misses=found - reused)
+        # By key and not by name: the same bytes may lie in several files.
+        paths = (
+            {str(cut.item.path): broken[self._latent_key(cut)] for cut in self._cuts() if self._latent_key(cut) in broken} if broken else {}
+        )
+        return Cache(self.plan.without(paths), self._encoders, store=self.store, hits=reused, misses=found - reused)
 
     def wanted(self) -> Iterator[tuple[str, str, Job]]:
         """Kind, key and job of every entry that the plan needs."""
@@ -174,11 +178,17 @@ class CacheBuilder:
         jobs = sorted(Job(text_key(text, mark), text, None, text) for text in self.plan.texts)
         return [("texts", chunk) for chunk in _chunks(jobs, self.plan.text_batch_size)]
 
+    def _cuts(self) -> Iterator[Placement]:
+        """Every cut of every picture of the plan."""
+        return (variant for placement in (*self.plan.train, *self.plan.evaluation) for variant in placement.variants)
+
+    def _latent_key(self, cut: Placement) -> str:
+        return latent_key(cut.item.pixels, cut.geometry, self._encoders.latent_fingerprint, cut.item.dataset.background)
+
     def _latent_groups(self) -> list[tuple[str, list[Job]]]:
-        mark = self._encoders.latent_fingerprint
         by_bucket: dict[Bucket, dict[str, Job]] = {}
-        for placement in (v for p in (*self.plan.train, *self.plan.evaluation) for v in p.variants):
-            key = latent_key(placement.item.pixels, placement.geometry, mark, placement.item.dataset.background)
+        for placement in self._cuts():
+            key = self._latent_key(placement)
             by_bucket.setdefault(placement.bucket, {})[key] = Job(key, str(placement.item.path), placement, "")
         return [
             ("latents", chunk)

@@ -90,7 +90,9 @@ def _made_plan(options: argparse.Namespace) -> tuple[st.RunConfig, Plan]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    print(_made_plan(options)[1])
+    config, plan = _made_plan(options)
+    print(plan)
+    print(st.CacheBuilder(plan, st.encoders(config)).coverage())
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -146,21 +148,21 @@ def _cache(options: argparse.Namespace) -> int:
     else:
         config, plan = _made_plan(options)
         extra = upkeep.unused(root, [st.CacheBuilder(plan, st.encoders(config))])
-        size = sum(path.stat().st_size for path in extra)
-        print("\n".join([*map(str, extra), f"{len(extra):,} entries, {size / 1e6:,.1f} MB, are not needed by {options.data}"]))
+        sizes = {f"{kind} {key}": size for kind, rows in extra.items() for key, size in rows.items()}
+        print("\n".join([*sizes, f"{len(sizes):,} entries, {sum(sizes.values()) / 1e6:,.1f} MB, are not needed by {options.data}"]))
         if options.yes:
-            print(f"deleted: {upkeep.remove(root, extra) / 1e6:,.1f} MB")
-        elif extra:
+            print(f"deleted: {upkeep.remove(root, {kind: set(rows) for kind, rows in extra.items()}) / 1e6:,.1f} MB")
+        elif sizes:
             print("nothing was deleted; the same command with --yes deletes them")
     return 0
 
 
 def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
     """The cache of a plan, with a progress bar."""
-    from tqdm import tqdm
+    from sd3tune.progress import building
 
     builder = st.CacheBuilder(plan, st.encoders(config))
-    return builder.cache(list(tqdm(builder, desc="encoding", unit="entry")))
+    return builder.cache(list(building(builder)))
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -118,13 +118,18 @@ def new_numbered_folder(path: Path) -> Path:
                 return candidate
 
 
-def digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes | memoryview) -> str:
     """SHA-256 over length-prefixed parts, in hexadecimal."""
     total = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
         total.update(len(data).to_bytes(8, "little") + data)
     return total.hexdigest()
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 of bytes, as `file_digest` gives it for a file that holds them."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.cache.builder import Cache
+from sd3tune.cache.reading import Cache
 from sd3tune.shown import Shown
 
 if TYPE_CHECKING:

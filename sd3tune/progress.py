@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sd3tune.records import PreviewRecord, Record, StepRecord
+from sd3tune.records import CacheRecord, PreviewRecord, Record, StepRecord
 from sd3tune.shown import duration
 
 if TYPE_CHECKING:
@@ -17,6 +17,27 @@ if TYPE_CHECKING:
 def progress(trainer: Trainer, n: int | None = None) -> Generator[Record, None, None]:
     """The records of ``trainer.run(n)``, with the progress shown while they pass."""
     return _in_notebook(trainer, n) if _has_front_end() else _in_terminal(trainer, n)
+
+
+def building(builder: Iterable[CacheRecord]) -> Iterator[CacheRecord]:
+    """The records of a cache builder, with a bar that shows rate and time left, in a terminal or below a notebook's cell."""
+    from tqdm import tqdm
+
+    bar = None
+    try:
+        for record in builder:
+            what = "reading" if record.kind == "pictures" else "encoding"
+            if bar is None or bar.desc != f"{what}: ":
+                if bar is not None:
+                    bar.close()
+                bar = tqdm(total=record.total, desc=what, unit="picture" if what == "reading" else "entry")
+            bar.update()
+            if record.problem:
+                tqdm.write(f"{record.name}: {record.problem}")
+            yield record
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _has_front_end() -> bool:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sd3tune.cache.builder import Cache, CacheBuilder
+from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.reading import is_live
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.catalog import from_datasets
@@ -52,7 +52,9 @@ class Trainer:
             self.transformer, config.adapter.lora_targets, rank=config.adapter.lora_rank, alpha=config.lora_alpha,
             dropout=config.adapter.lora_dropout, seed=config.schedule.seed,
         )  # fmt: skip
-        batches = Batches(cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability)
+        batches = Batches(
+            cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw
+        )
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(velocity, weights, batches, rules_of(config, cache.plan))
         self._validator = Validator(self.transformer, cache, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,47 @@ import torch
 
 import sd3tune as st
 from sd3tune import playground
+from sd3tune.cache.store import KINDS, Store
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of files stays inside the tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("memory")))
+        yield
+
+
+def stored(cache: Path) -> dict[str, bytes]:
+    """``kind/key`` -> every bit of an entry: names, formats, values, facts, and the number encoded together."""
+    store, found = Store(cache), {}
+    for kind in KINDS:
+        for key, _ in store.entries(kind):
+            entry = store.entry(kind, key)
+            found[f"{kind}/{key}"] = entry.checksum.encode() + b"".join(
+                name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in sorted(entry.tensors.items())
+            )
+    return found
+
+
+def lose(cache: Path, names: Iterable[str]) -> None:
+    """Take ``kind/key`` entries away."""
+    for name in names:
+        kind, key = name.split("/")
+        Store(cache).remove({kind: {key}})
+
+
+def flip(cache: Path, name: str, share: float, bit: int) -> Path:
+    """Flip a bit of the values of ``kind/key``, at a share of their length. Returns the file."""
+    kind, key = name.split("/")
+    shard = next(shard for known, shard in Store(cache).entries(kind) if known == key)
+    places = [place for *_, begin, end in shard._where[key].values() for place in (begin, end)]
+    data = bytearray(shard.path.read_bytes())
+    data[min(places) + int(share * (max(places) - min(places) - 1))] ^= 1 << bit
+    shard.path.write_bytes(data)
+    return shard.path
 
 
 def write_datasets(folder: Path, train: int = 12, heldout: int = 4) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sd3tune.cache import Cache
-from sd3tune.cache.builder import Text
 from sd3tune.data import Bucket, Catalog, Dataset, Item, Placement, Plan
 from sd3tune.training.batches import Batches, epoch_order, fold, generator, noise
 
@@ -23,7 +23,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def make_plan(images: int, *, batch: int = 3, repeats: int = 0, shapes: int = 2) -> Plan:
     dataset = Dataset(id="d", instance_data_dir="d")
-    items = [Item(f"id{n}", dataset, Path(f"{n}.png"), 64, 64, f"p{n}", (f"caption {n}",)) for n in range(images)]
+    items = [Item(dataset, Path(f"{n}.png"), 64, 64, f"p{n}", (f"caption {n}",)) for n in range(images)]
     rows = [Placement(i, SHAPES[n % shapes], copy) for n, i in enumerate(items) for copy in range(repeats + 1)]
     return Plan(tuple(rows), (), ("",), Catalog((), tuple(items), (), ()), batch, 1, 10, "cache", 4, 16)
 
@@ -104,16 +104,16 @@ def test_a_batch_holds_what_was_placed() -> None:
     plan = make_plan(12, batch=4, shapes=1)
 
     def latent(placement: Placement) -> torch.Tensor:
-        return torch.full((1, 2, 2), float(placement.item.id[2:]))
+        return torch.full((1, 2, 2), float(placement.item.path.stem))
 
-    def text(caption: str) -> Text:
-        value = float(caption.split()[1]) if caption else -1.0
-        return Text(torch.full((3, 2), value), torch.full((2,), value))
+    def texts(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.tensor([float(caption.split()[1]) if caption else -1.0 for caption in captions])
+        return values[:, None, None].expand(-1, 3, 2), values[:, None].expand(-1, 2)
 
-    batches = batches_of(plan, 5, 0.5, latent=latent, text=text)
+    batches = batches_of(plan, 5, 0.5, latent=latent, texts=texts)
     for k in range(9):
         batch, placed, dropped = batches[k], batches.placements(k), batches.dropped(k)
-        numbers = [float(p.item.id[2:]) for p in placed]
+        numbers = [float(p.item.path.stem) for p in placed]
         assert batch.ids == tuple(p.item.id for p in placed)
         assert batch.latent_BCHW[:, 0, 0, 0].tolist() == numbers
         expected = [-1.0 if drop else n for n, drop in zip(numbers, dropped, strict=True)]
@@ -152,3 +152,40 @@ def test_fold_keeps_numbers_apart() -> None:
     assert len(folded) == len(set(rows))
     assert all(0 <= value < 2**63 for value in folded)
     assert fold(42, 7, 1) == 8873385399728680736, "a change here changes every run that is resumed"
+
+
+def test_a_drawn_latent_is_mean_plus_deviation_times_noise() -> None:
+    """``latent_draw: sample`` draws by (seed, k) and place, the same whenever batch k is asked for."""
+    plan = make_plan(12, batch=4, shapes=1)
+
+    def moments(placement: Placement) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((4, 8, 8), float(placement.item.path.stem)), torch.full((4, 8, 8), 0.5)
+
+    def texts(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(captions), 3, 2), torch.zeros(len(captions), 2)
+
+    cache = cast(Cache, SimpleNamespace(plan=plan, latent=lambda p: moments(p)[0], moments=moments, texts=texts))
+    drawn = Batches(cache, seed=3, caption_dropout=0.0, latent_draw="sample")
+    mean = Batches(cache, seed=3, caption_dropout=0.0)
+    spread = torch.cat([drawn[k].latent_BCHW - mean[k].latent_BCHW for k in range(12)])
+    assert spread.std() == pytest.approx(0.5, rel=0.03)
+    assert abs(spread.mean()) < 0.02
+    assert torch.equal(drawn[7].latent_BCHW, Batches(cache, seed=3, caption_dropout=0.0, latent_draw="sample")[7].latent_BCHW)
+    assert len({tuple(row.flatten().tolist()) for row in spread}) == len(spread)
+    assert not torch.allclose(spread[0], 0.5 * noise(torch.Size((4, 4, 8, 8)), seed=3, k=0)[0], atol=0.05), "not the noise of training"
+
+
+def test_a_data_sets_offset_moves_its_noise_levels() -> None:
+    """``timestep_sampling_offset`` reaches the batch, and an offset in the logit moves every level up before the shift."""
+    from sd3tune.training.sigmas import draw, shift
+
+    rows = make_plan(2, batch=2, shapes=1)
+    dataset = Dataset(id="d", instance_data_dir="d", timestep_sampling_offset=1.5)
+    moved = replace(rows, train=tuple(replace(p, item=replace(p.item, dataset=dataset)) for p in rows.train))
+    cache = cast(
+        Cache, SimpleNamespace(plan=moved, latent=lambda p: torch.zeros(1, 2, 2), texts=lambda c: (torch.zeros(2), torch.zeros(2)))
+    )
+    assert Batches(cache, seed=3, caption_dropout=0.0)[0].sigma_offset == 1.5
+    plain = draw(64, scale=1.0, factor=1.0, stratified=True, rng=generator(1), offset=0.0).double()
+    higher = draw(64, scale=1.0, factor=3.0, stratified=True, rng=generator(1), offset=1.5).double()
+    assert torch.allclose(higher, shift(torch.sigmoid(torch.logit(plain) + 1.5), 3.0), atol=1e-5)

@@ -17,19 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import flip, lose, stored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
 import sd3tune as st3
 from sd3tune.cache import Cache, CacheBuilder
-from sd3tune.cache.builder import TextStates, cut
+from sd3tune.cache.decoding import cut
 from sd3tune.cache.keys import latent_key, text_key
+from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.store import Store
 from sd3tune.config import presets
 from sd3tune.data.buckets import Bucket, Geometry
 from sd3tune.data.planning import Plan
 from sd3tune.errors import CacheError, DataError, FileError
+from sd3tune.records import CacheRecord
 
 
 class Fake:
@@ -46,11 +50,11 @@ class Fake:
         self.loads += 1
         yield self
 
-    def encode_images(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+    def encode_images(self, pictures: Sequence[Image.Image], *, tiled: bool = False) -> Moments:
         self.pictures.append(len(pictures))
         pixels = torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) for p in pictures])
         z = pixels[:, ::8, ::8].permute(0, 3, 1, 2).contiguous() / 255
-        return z + z.mean() * 1e-3
+        return Moments(z + z.mean() * 1e-3, z * 0.01 + 0.5)
 
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
         self.texts.append(tuple(texts))
@@ -101,12 +105,20 @@ def build(folder: Path, fake: Fake | None = None) -> tuple[Cache, Fake]:
 
 def fresh(folder: Path, fake: Fake | None = None) -> list[tuple[str, str]]:
     """(kind, name) of the entries that a build writes."""
-    return [(r.kind, Path(r.name).name) for r in CacheBuilder(plan_of(folder), fake or Fake()) if not r.reused]
+    return [(r.kind, Path(r.name).name) for r in records_of(CacheBuilder(plan_of(folder), fake or Fake())) if not r.reused]
+
+
+def records_of(builder: CacheBuilder) -> list[CacheRecord]:
+    """The records of entries."""
+    return [record for record in builder if record.kind != "pictures"]
 
 
 def entries(folder: Path) -> dict[str, bytes]:
-    root = folder.parent / "cache"
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return stored(folder.parent / "cache")
+
+
+def drafts(folder: Path) -> list[str]:
+    return [p.name for p in (folder.parent / "cache").rglob("*") if p.is_file() and not p.name.endswith(".safetensors")]
 
 
 # --- what is encoded when --------------------------------------------------------------------------------------------
@@ -128,11 +140,10 @@ def test_a_build_encodes_all_and_a_second_one_nothing(pots: Path) -> None:
 def test_records_count_up(pots: Path) -> None:
     """One record per entry, counted to the total, also when half of it is reused."""
     records = list(CacheBuilder(plan_of(pots), Fake()))
-    assert [r.step for r in records] == list(range(1, 23))
-    assert {r.total for r in records} == {22}
-    for name in list(entries(pots))[::2]:
-        (pots.parent / "cache" / name).unlink()
-    records = list(CacheBuilder(plan_of(pots), Fake()))
+    assert [(r.step, r.total, r.kind) for r in records[:10]] == [(n, 10, "pictures") for n in range(1, 11)]
+    assert [(r.step, r.total) for r in records[10:]] == [(n, 22) for n in range(1, 23)]
+    lose(pots.parent / "cache", list(entries(pots))[::2])
+    records = records_of(CacheBuilder(plan_of(pots), Fake()))
     assert [r.step for r in records] == list(range(1, 23))
     assert sum(not r.reused for r in records) == 11
 
@@ -192,8 +203,7 @@ def test_groups_are_fixed(pots: Path, seed: int) -> None:
     """After entries are lost, a build restores them bit for bit, because whole groups are encoded again."""
     build(pots)
     whole = entries(pots)
-    for name in np.random.default_rng(seed).choice(sorted(whole), 6, replace=False):
-        (pots.parent / "cache" / name).unlink()
+    lose(pots.parent / "cache", np.random.default_rng(seed).choice(sorted(whole), 6, replace=False))
     build(pots)
     assert entries(pots) == whole
 
@@ -229,7 +239,8 @@ def test_entries_hold_what_the_encoders_gave(pots: Path) -> None:
     """A latent is that of the cut picture (group of its own), a text that of its characters."""
     cache = CacheBuilder(replace(plan_of(pots), vae_batch_size=1, text_batch_size=1), Fake()).build()
     for placement in cache.plan.train:
-        assert torch.equal(cache.latent(placement), Fake().encode_images([cut(placement)])[0])
+        assert torch.equal(cache.latent(placement), Fake().encode_images([cut(placement)]).mean_BCHW[0])
+        assert torch.equal(cache.moments(placement)[1], Fake().encode_images([cut(placement)]).deviation_BCHW[0])
     for text in cache.plan.texts:
         (states,) = Fake().encode_texts([text])
         assert torch.equal(cache.text(text).pooled_P, states.pooled_P)
@@ -276,7 +287,7 @@ def test_keys_depend_on_everything_and_nothing_else() -> None:
     ]  # fmt: skip
     assert len({latent_key("p", GEOMETRY, "f"), *others}) == 1 + len(others)
     assert latent_key("p", GEOMETRY, "f") == latent_key("p", GEOMETRY, "f")
-    assert text_key("a pot", "f") == "f768fe87cd88214827abcbfd0922669fbae460cd48d37e11f60937d83231f389", "a change here empties every cache"
+    assert text_key("a pot", "f") == "5c487bb13cd20189845a0d2558164999b95bea7d401a34d561e676b6228d6cc0", "a change here empties every cache"
 
 
 # --- broken pictures, broken entries ---------------------------------------------------------------------------------
@@ -321,25 +332,23 @@ def test_no_picture_can_be_decoded(pots: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["latents", "texts"])
 def test_a_flipped_bit_is_named_and_encoded_again(pots: Path, kind: str) -> None:
-    """A bit flipped anywhere in an entry: the next build names that entry alone, and ends bitwise as before."""
+    """A bit flipped anywhere in an entry's values: the next build names that entry alone, and ends bitwise as before."""
     build(pots)
     whole = entries(pots)
     names = sorted(name for name in whole if name.startswith(kind))
     for number, name in enumerate(names):
-        data = bytearray(whole[name])
-        data[len(data) * (2 * number + 1) // (2 * len(names))] ^= 1 << number % 8
-        (pots.parent / "cache" / name).write_bytes(data)
-        said = [r for r in CacheBuilder(plan_of(pots), Fake()) if not r.reused]
-        assert [Path(r.key).name for r in said] == [Path(name).stem], (number, said)
+        flip(pots.parent / "cache", name, number / len(names), number % 8)
+        said = [r for r in records_of(CacheBuilder(plan_of(pots), Fake())) if not r.reused]
+        assert [r.key for r in said] == [name.split("/")[1]], (number, said)
         assert said[0].problem.startswith("encoded again: ")
-        assert name.split("/")[-1] in said[0].problem
+        assert said[0].key in said[0].problem
         assert entries(pots) == whole
     cache, _ = build(pots)
     assert cache.plan.left_out == ()
 
 
-def one_entry(folder: Path, kind: str) -> Path:
-    return next((folder.parent / "cache" / kind).rglob("*.safetensors"))
+def one_file(folder: Path, kind: str) -> Path:
+    return next((folder.parent / "cache" / kind).glob("*.safetensors"))
 
 
 def read_all(cache: Cache) -> None:
@@ -349,70 +358,89 @@ def read_all(cache: Cache) -> None:
         cache.text(text)
 
 
-@pytest.mark.parametrize("kind", ["latents", "texts"])
-def test_a_missing_entry_is_explained(pots: Path, kind: str) -> None:
-    """An entry that is not there names its path and what to do."""
+def test_values_cannot_be_taken_for_others(pots: Path) -> None:
+    """What the header says of an entry is under its checksum: key, shape, group and facts."""
     cache, _ = build(pots)
-    path = one_entry(pots, kind)
-    path.unlink()
-    with pytest.raises(CacheError, match=r"not encoded yet; iterate the CacheBuilder to its end") as caught:
-        read_all(cache)
-    assert str(path) in str(caught.value)
-
-
-def test_entries_of_others_are_refused(pots: Path) -> None:
-    """A file that was copied over another, or written by something else, is not taken for the entry."""
-    cache, _ = build(pots)
-    path = one_entry(pots, "latents")
-    other = next(p for p in path.parent.parent.rglob("*.safetensors") if p != path)
-    shutil.copy(other, path)
-    with pytest.raises(CacheError, match="another entry; build the cache again, which encodes this entry anew"):
-        read_all(cache)
-    save_file({"latent_CHW": torch.zeros(3, 8, 8)}, path)
-    with pytest.raises(CacheError, match="another entry"):
-        read_all(cache)
-    save_file({"latent_WHC": torch.zeros(3, 8, 8)}, path, {"entry": f"{path.stem} of 1"})
+    path = one_file(pots, "latents")
+    data = path.read_bytes()
+    key, other = sorted(name.split("/")[1] for name in entries(pots) if name.startswith("latents"))[:2]
+    swapped = data.replace(key.encode(), b"x" * 64).replace(other.encode(), key.encode()).replace(b"x" * 64, other.encode())
+    for changed in (swapped, data.replace(b"[3, 3, ", b"[3, 9, ") if b"[3, 3, " in data else data.replace(b"[3,8,8]", b"[8,3,8]")):
+        assert changed != data
+        path.write_bytes(changed)
+        with pytest.raises(CacheError, match="damaged"):
+            read_all(cache)
+    facts = data.replace(b"sharpness", b"sharpless")
+    path.write_bytes(facts)
     with pytest.raises(CacheError, match="damaged"):
         read_all(cache)
+    path.write_bytes(data)
+    read_all(cache)
+
+
+@pytest.mark.parametrize("kind", ["latents", "texts"])
+def test_a_missing_entry_is_explained(pots: Path, kind: str) -> None:
+    """An entry that is not there is named with its folder, and what to do."""
+    cache, _ = build(pots)
+    one_file(pots, kind).unlink()
+    with pytest.raises(CacheError, match=r"is not encoded yet; iterate the CacheBuilder to its end") as caught:
+        read_all(cache)
+    assert str(pots.parent / "cache" / kind) in str(caught.value)
+
+
+def test_files_of_others_are_no_shards(pots: Path) -> None:
+    """A file that something else wrote is said to be unreadable, and the entries are encoded again."""
+    cache, _ = build(pots)
+    whole = entries(pots)
+    path = one_file(pots, "latents")
+    for tensors, metadata in (({"latent_CHW": torch.zeros(3, 8, 8)}, None), ({"a.b": torch.zeros(2)}, {"entries": "{}"})):
+        save_file(tensors, path, metadata)
+        with pytest.raises(CacheError, match="not encoded yet"):
+            read_all(cache)
+        assert "not a readable shard" in Store(pots.parent / "cache").unreadable[path]
     path.unlink()
     path.mkdir()
     with pytest.raises(CacheError):
         read_all(cache)
+    path.rmdir()
+    read_all(build(pots)[0])
+    assert entries(pots) == whole
 
 
-@given(st.binary(max_size=300) | st.tuples(st.integers(0, 600), st.binary(max_size=20)))
+@given(st.binary(max_size=300) | st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=20)))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_entries(pots: Path, damage: bytes | tuple[int, bytes]) -> None:
-    """Garbage, truncation and overwritten bytes give tensors (values carry no checksum) or a CacheError with path and advice."""
+def test_damaged_files(pots: Path, damage: bytes | tuple[float, bytes]) -> None:
+    """Garbage, truncation and overwritten bytes never give other values: every entry reads as it was written, or is a CacheError."""
     cache, _ = build(pots)
-    path = one_entry(pots, "latents")
+    before = {p.item.path: cache.latent(p).clone() for p in cache.plan.train}
+    path = one_file(pots, "latents")
     data = path.read_bytes()
-    path.write_bytes(damage if isinstance(damage, bytes) else data[: damage[0]] + damage[1] + data[damage[0] + len(damage[1]) + 1 :])
-    message = ""
-    try:
-        read_all(cache)
-    except CacheError as error:
-        message = str(error)
-    if message:
-        assert str(path) in message
-        assert "build the cache again" in message
+    if isinstance(damage, bytes):
+        path.write_bytes(damage)
     else:
-        assert "latent_CHW" in load(path.read_bytes())
+        start = int(damage[0] * len(data))
+        path.write_bytes(data[:start] + damage[1] + data[start + len(damage[1]) :])
+    for placement in cache.plan.train:
+        said = ""
+        try:
+            assert torch.equal(cache.latent(placement), before[placement.item.path])
+        except CacheError as error:
+            said = str(error)
+        assert not said or (str(path.parent) in said and ("build the cache again" in said or "iterate the CacheBuilder" in said))
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, -1, -100])
-def test_truncated_entries(pots: Path, length: int) -> None:
-    """An entry that was cut short is damaged; deleted and built again it is as before."""
-    cache, _ = build(pots)
-    path = one_entry(pots, "texts")
-    data = path.read_bytes()
-    path.write_bytes(data[:length])
-    with pytest.raises(CacheError, match=r"damaged .*; build the cache again, which encodes this entry anew"):
-        read_all(cache)
-    path.unlink()
-    read_all(build(pots)[0])
-    assert path.read_bytes() == data
+def test_truncated_files(pots: Path, length: int) -> None:
+    """A file that was cut short loses its entries alone; built again all is as before."""
+    build(pots)
+    whole = entries(pots)
+    path = one_file(pots, "texts")
+    path.write_bytes(path.read_bytes()[:length])
+    cache, fake = build(pots)
+    assert fake.pictures == []
+    read_all(cache)
+    assert entries(pots) == whole
 
 
 # --- disks that refuse -----------------------------------------------------------------------------------------------
@@ -436,6 +464,7 @@ def test_a_disk_that_refuses(pots: Path, monkeypatch: pytest.MonkeyPatch, number
             build(pots)
     assert str(pots.parent / "cache") in str(caught.value)
     assert entries(pots) == before
+    assert drafts(pots) == []
     assert len(fresh(pots)) == 2
 
 
@@ -462,7 +491,7 @@ def test_a_limit_of_the_system_while_writing(pots: Path) -> None:
 
 
 def test_a_full_disk_while_writing(pots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk in the middle of an entry says so, leaves no draft, and keeps what is complete."""
+    """A full disk in the middle of a file says so, leaves no draft, and keeps what is complete."""
     count = 0
     write = Path.write_bytes
 
@@ -477,9 +506,9 @@ def test_a_full_disk_while_writing(pots: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", filling)
         with pytest.raises(FileError, match="the disk is full; free some space"):
-            build(pots)
-    assert len(entries(pots)) == 3
-    assert not [name for name in entries(pots) if name.endswith(".tmp")]
+            CacheBuilder(plan_of(pots, write_batch_size=2), Fake()).build()
+    assert len(entries(pots)) >= 6
+    assert drafts(pots) == []
     build(pots)
     read_all(build(pots, Unloadable())[0])
 
@@ -487,10 +516,106 @@ def test_a_full_disk_while_writing(pots: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_drafts_are_never_entries(pots: Path) -> None:
     """What a killed build left lying about is neither counted nor read."""
     cache, _ = build(pots)
-    path = one_entry(pots, "latents")
-    draft = path.with_name(f".{path.name}.abc.tmp")
-    path.rename(draft)
+    path = one_file(pots, "latents")
+    path.rename(path.with_name(f".{path.name}.abc.tmp"))
     with pytest.raises(CacheError, match="not encoded yet"):
         read_all(cache)
-    assert len(fresh(pots)) == 1
+    assert len(fresh(pots)) == 10
+    read_all(cache)
+
+
+# --- memory, processes -----------------------------------------------------------------------------------------------
+
+
+class Narrow(Fake):
+    """Encoders whose memory holds so many pictures, or none at all unless in tiles."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def encode_images(self, pictures: Sequence[Image.Image], *, tiled: bool = False) -> Moments:
+        if len(pictures) > self.most and not tiled:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().encode_images(pictures)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(pots: Path) -> None:
+    """Every entry comes to be, in smaller groups that are recorded, and each record of a smaller group that follows the event says it."""
+    fake = Narrow(1)
+    records = records_of(CacheBuilder(plan_of(pots), fake))
+    assert fake.pictures == [1] * 10
+    assert len(records) == 22
+    assert any("out of memory: 2 encoded together instead of 4" in r.problem for r in records) is False
+    assert "out of memory: 1 encoded together instead of 2" in next(r.problem for r in records if r.kind == "latents")
+    store = Store(pots.parent / "cache")
+    assert {store.entry("latents", key).group for key, _ in store.entries("latents")} == {1}
+    read_all(build(pots, Unloadable())[0])
+
+
+def test_out_of_memory_with_one_picture_encodes_in_tiles(pots: Path) -> None:
+    """It is said, and the build ends; when tiles do not help either, the error says what to do."""
+    records = records_of(CacheBuilder(plan_of(pots), Narrow(0)))
+    assert "encoded in tiles" in next(r.problem for r in records if r.kind == "latents")
+    read_all(build(pots, Unloadable())[0])
+
+    class Hopeless(Fake):
+        def encode_images(self, pictures: Sequence[Image.Image], *, tiled: bool = False) -> Moments:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(CacheError, match="out of memory with one picture or text at a time; lower resolution"):
+        build(pots, Hopeless("2"))
+
+
+def test_other_errors_are_not_taken_for_full_memory(pots: Path) -> None:
+    """A defect keeps its own error."""
+
+    class Wrong(Fake):
+        def encode_images(self, pictures: Sequence[Image.Image], *, tiled: bool = False) -> Moments:
+            raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        build(pots, Wrong())
+
+
+def test_parts_of_a_build_make_the_whole(pots: Path) -> None:
+    """Two parts encode every group once between them; what comes out is what one build gives, bit for bit."""
+    build(pots)
+    whole = entries(pots)
+    shutil.rmtree(pots.parent / "cache")
+    fakes = [Fake(), Fake()]
+    parts = [records_of(CacheBuilder(plan_of(pots), fake, part=(rank, 2))) for rank, fake in enumerate(fakes)]
+    assert sum(map(len, parts)) == 22
+    assert all(parts)
+    assert sum(len(f.pictures) for f in fakes) == 3
+    assert sum(len(f.texts) for f in fakes) == 3
+    assert entries(pots) == whole
+    assert build(pots, Unloadable())[0].hits == 22
+
+
+def test_what_another_process_encodes_meanwhile_is_not_encoded_again(pots: Path) -> None:
+    """A builder looks again before each group; entries of the other one count as reused."""
+    mine = iter(CacheBuilder(plan_of(pots), fake := Fake()))
+    records = [next(mine) for _ in range(11)]
+    build(pots)
+    records += list(mine)
+    assert [r.step for r in records][10:] == list(range(1, 23))
+    assert sum(r.reused for r in records) >= 10
+    assert len(fake.pictures) < 3
+
+
+def test_a_picture_that_changes_after_the_plan(pots: Path) -> None:
+    """Its bytes are not those that were planned with: it is a row that says so, and nothing is stored under the old key."""
+    plan = plan_of(pots)
+    builder = CacheBuilder(plan, Fake())
+    records = [next(iterator) for iterator in [iter(builder)] for _ in range(10)]
+    assert {r.kind for r in records} == {"pictures"}
+    iterator = iter(builder)
+    records = [next(iterator) for _ in range(10)]
+    add(pots, "3.png", 55, "caption 3")
+    (pots / "4.png").unlink()
+    cache = builder.cache([*records, *iterator])
+    said = {p.path.name: p.reason for p in cache.plan.left_out}
+    assert "was changed since it was looked at; discover and plan again" in said["3.png"]
+    assert set(said) == {"3.png", "4.png"}
     read_all(cache)

@@ -77,9 +77,16 @@ def test_a_switched_off_refusal_is_let_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"type": "aws"}, "type aws is not there yet in this version; copy the pictures into a folder"),
+        ({"type": "aws"}, "aws_bucket_name is missing; or write instance_data_dir: s3://bucket/folder, without type"),
+        ({"type": "huggingface", "instance_data_dir": "", "caption_strategy": "huggingface"}, "type huggingface needs dataset_name"),
+        ({"type": "huggingface"}, "type huggingface has no files for caption_strategy textfile"),
+        ({"caption_strategy": "huggingface"}, "caption_strategy huggingface needs type huggingface"),
+        ({"type": "csv"}, "type csv needs csv_file"),
+        ({"instance_data_dir": ""}, "instance_data_dir is missing: the folder of its pictures"),
+        ({"start_step": 5, "end_step": 5}, "end_step is not above start_step"),
+        ({"start_epoch": 3, "end_epoch": 2}, "end_epoch is below start_epoch"),
+        ({"aws_secret_access_key": "x"}, "secrets do not belong into this file"),
         ({"dataset_type": "video"}, "dataset_type video is out of scope"),
-        ({"crop_style": "face"}, "crop_style face is not there yet"),
         ({"crop_stile": "center"}, "unknown key 'crop_stile'; did you mean 'crop_style'?"),
         ({"crop": True, "crop_aspect": "closest"}, "crop_aspect closest needs crop_aspect_buckets, for example [0.75, 1.0, 1.33]"),
         ({"maximum_image_size": 2000}, "maximum_image_size and target_downsample_size belong together"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sd3tune.cache.builder import Text
 from sd3tune.data import Bucket, Dataset, Item, Placement
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.training import flow, sigmas
@@ -149,11 +148,11 @@ def test_what_torch_draws_in_an_update_follows_the_seed_and_k() -> None:
 def test_the_evaluation_loss_is_the_mean_over_pictures_and_levels() -> None:
     """Twelve pictures of two sizes, a model that says zero: the mean of the noise's square, at every step the same."""
     dataset = Dataset(id="d", instance_data_dir="d", dataset_type="eval")
-    rows = [Placement(Item(f"{n}", dataset, Path(f"{n}"), 64, 64, f"{n}", ("x",)), Bucket(64, 64 + 16 * (n % 2))) for n in range(12)]
+    rows = [Placement(Item(dataset, Path(f"{n}"), 64, 64, f"{n}", ("x",)), Bucket(64, 64 + 16 * (n % 2))) for n in range(12)]
     latents = {p.item.id: torch.full((16, p.bucket.height // 8, 8), 0.1 * n) for n, p in enumerate(rows)}
     cache: Any = SimpleNamespace(
         plan=SimpleNamespace(evaluation=tuple(rows)), latent=lambda p: latents[p.item.id],
-        text=lambda caption: Text(torch.zeros(3, 2), torch.zeros(2)),
+        texts=lambda captions: (torch.zeros(len(captions), 3, 2), torch.zeros(len(captions), 2)),
     )  # fmt: skip
     asked: list[float] = []
 

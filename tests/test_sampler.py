@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 
 import sd3tune as st
 from sd3tune import playground
-from sd3tune.cache.builder import Text
+from sd3tune.cache.states import Text, joined
 from sd3tune.models import components
 from sd3tune.validation.sampler import Guidance, decode, sample, start_noise
 
@@ -78,7 +78,7 @@ def test_encoders_agree_with_stock_pipeline(stock: Any) -> None:
         got = loaded.encode_texts(["lock", "", "an unusually long caption that goes far beyond sixteen tokens in every tokenizer"])
     for states, prompt in zip(got, ["lock", ""], strict=False):
         expected, *_ = stock.encode_prompt(prompt, None, None, max_sequence_length=16, do_classifier_free_guidance=False)
-        assert torch.allclose(states.joined().joint_LD, expected[0], atol=1e-5)
+        assert torch.allclose(joined([states])[0], expected, atol=1e-5)
     pooled = stock.encode_prompt("lock", None, None, max_sequence_length=16)[2]
     assert torch.allclose(got[0].pooled_P, pooled[0], atol=1e-5)
 
@@ -92,10 +92,12 @@ def test_latents_are_scaled_as_the_vae_config_says(stock: Any) -> None:
     picture = read_rgb(playground.PICTURES / "train" / "key.png").resize((64, 64), Image.Resampling.LANCZOS)
     config = st.presets.playground()
     with st.encoders(config).load() as loaded:
-        latent = loaded.encode_images([picture])
+        latent, deviation = loaded.encode_images([picture])
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, 64, 64, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        z = stock.vae.encode(pixels).latent_dist.mode()
+        posterior = stock.vae.encode(pixels).latent_dist
+        z = posterior.mode()
+    assert torch.allclose(deviation, posterior.std * stock.vae.config.scaling_factor, atol=1e-6)
     assert torch.allclose(latent, (z - stock.vae.config.shift_factor) * stock.vae.config.scaling_factor, atol=1e-5)
     back = decode(components.load_vae(config, torch.device("cpu")), latent)[0]
     restored = torch.frombuffer(bytearray(back.tobytes()), dtype=torch.uint8).float() / 255

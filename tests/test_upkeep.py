@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Workbench
+from conftest import Workbench, flip, stored
 
 import sd3tune as st
 from sd3tune.cache import upkeep
-from sd3tune.cache.store import KINDS, Store
+from sd3tune.cache.store import KINDS
 from sd3tune.cli import main
 from sd3tune.errors import CacheError
 
@@ -23,7 +23,7 @@ def folder(bench: Workbench, tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in (folder / "cache").rglob("*") if p.is_file()}
+    return stored(folder / "cache")
 
 
 def arguments(bench: Workbench, folder: Path, what: str, *more: str) -> list[str]:
@@ -41,44 +41,50 @@ def arguments(bench: Workbench, folder: Path, what: str, *more: str) -> list[str
 
 
 def test_stats_count_everything(folder: Path) -> None:
-    """Entries and bytes of each kind are those on disk; drafts do not count."""
-    (folder / "cache" / "latents" / "00").mkdir(exist_ok=True)
-    (folder / "cache" / "latents" / "00" / ".x.safetensors.1.tmp").write_bytes(b"1")
+    """Entries, files and bytes of each kind are those on disk; drafts do not count."""
+    (folder / "cache" / "latents" / ".x.safetensors.1.tmp").write_bytes(b"1")
     found = upkeep.stats(folder / "cache")
-    whole = {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
-    assert found.entries == {kind: sum(f"/{kind}/" in name for name in whole) for kind in KINDS}
-    assert sum(found.size.values()) == sum(map(len, whole.values()))
+    shards = list((folder / "cache").glob("*/*.safetensors"))
+    assert found.entries == {kind: sum(name.startswith(kind) for name in files(folder)) for kind in KINDS}
+    assert sum(found.size.values()) == sum(path.stat().st_size for path in shards)
+    assert sum(found.files.values()) == len(shards)
     assert found.entries["latents"] == 16
-    assert "latents        16 entries" in str(found)
+    assert "latents        16 entries in" in str(found)
 
 
 def test_verify_names_what_is_damaged_and_changes_nothing(bench: Workbench, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every fifth entry with one bit flipped: exactly these are named; a build mends them; then all is well."""
+    """A bit flipped in every tenth entry: exactly these are named; a build mends them bitwise; then all is well."""
     whole = files(folder)
-    bad = sorted(whole)[::5]
-    for name in bad:
-        data = bytearray(whole[name])
-        data[len(data) * 2 // 3] ^= 4
-        (folder / name).write_bytes(data)
-    before = files(folder)
-    assert {str(path.relative_to(folder)) for path, said in upkeep.verify(folder / "cache") if said} == set(bad)
+    bad = sorted(whole)[::10]
+    for number, name in enumerate(bad):
+        flip(folder / "cache", name, number / len(bad), number % 8)
+    before = {path: path.read_bytes() for path in (folder / "cache").rglob("*.safetensors")}
+    assert {key for key, said in upkeep.verify(folder / "cache") if said} == {name.split("/")[1] for name in bad}
     assert main(arguments(bench, folder, "verify")) == 1
     assert f"{len(whole)} entries, {len(bad)} damaged" in capsys.readouterr().out
-    assert files(folder) == before
+    assert {path: path.read_bytes() for path in before} == before
     assert main(arguments(bench, folder, "build")) == 0
-    assert f"{len(whole) - len(bad)} entries reused, {len(bad)} encoded" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{len(whole) - len(bad)} entries reused, {len(bad)} encoded" in said.out
     assert files(folder) == whole
     assert main(arguments(bench, folder, "verify")) == 0
 
 
+def test_an_unreadable_file_is_named(folder: Path) -> None:
+    """A file whose header is gone is named by verify."""
+    path = next((folder / "cache" / "texts").glob("*.safetensors"))
+    path.write_bytes(b"12345678" + b"x" * 50)
+    assert {key for key, said in upkeep.verify(folder / "cache") if said} == {path.name}
+
+
 def test_prune_shows_first_and_deletes_only_when_told(bench: Workbench, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What another setting needs is unused here; without --yes nothing goes, with it exactly what was shown."""
-    needed = set(files(folder))
+    needed = files(folder)
     bench.cache(bench.config(cache_dir=str(folder / "cache"), validation_prompt=("something else",)))
     (folder / "cache" / "notes.txt").write_text("mine")
-    (folder / "cache" / "latents" / "mine.safetensors").write_text("mine")
+    (folder / "cache" / "latents" / "mine.txt").write_text("mine")
     before = files(folder)
-    extra = set(before) - needed - {"cache/notes.txt", "cache/latents/mine.safetensors"}
+    extra = set(before) - set(needed)
     assert len(extra) == 1
     assert main(arguments(bench, folder, "prune")) == 0
     said = capsys.readouterr().out
@@ -87,17 +93,27 @@ def test_prune_shows_first_and_deletes_only_when_told(bench: Workbench, folder: 
     assert files(folder) == before
     assert main(arguments(bench, folder, "prune", "--yes")) == 0
     assert "deleted: " in capsys.readouterr().out
-    assert set(files(folder)) == set(before) - extra
+    assert files(folder) == needed
+    assert (folder / "cache" / "notes.txt").exists()
+    assert (folder / "cache" / "latents" / "mine.txt").exists()
+
+
+def test_removing_leaves_the_others_bit_for_bit(folder: Path) -> None:
+    """Entries of the same file stay, also when that file's header holds a damaged copy of them."""
+    whole = files(folder)
+    names = sorted(whole)
+    flip(folder / "cache", names[0], 0.5, 3)
+    gone = {kind: {name.split("/")[1] for name in names[1::2] if name.startswith(kind)} for kind in KINDS}
+    assert upkeep.remove(folder / "cache", gone) > 0
+    assert files(folder) == {name: whole[name] for name in names[2::2]}
 
 
 def test_only_entries_can_be_removed(folder: Path) -> None:
-    """A path that is not an entry stops everything before the first deletion."""
-    entry = next(path for _, path in Store(folder / "cache").files("texts"))
-    (folder / "mine.txt").write_text("mine")
-    with pytest.raises(CacheError, match=r"mine\.txt: not an entry of the cache .*nothing was deleted"):
-        upkeep.remove(folder / "cache", [entry, folder / "mine.txt"])
-    assert entry.exists()
-    assert (folder / "mine.txt").exists()
+    """A key that is not an entry stops everything before the first deletion."""
+    whole = files(folder)
+    with pytest.raises(CacheError, match=r"mine: not an entry of the cache .*nothing was deleted"):
+        upkeep.remove(folder / "cache", {"texts": {max(whole).split("/")[1], "mine"}})
+    assert files(folder) == whole
 
 
 def test_explain(bench: Workbench, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,8 +123,7 @@ def test_explain(bench: Workbench, folder: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert said.count("it will be reused") == 2
     assert f"caption {picture.with_suffix('.txt').read_text().strip()!r}" in said
-    keys = {path.stem for kind in KINDS for _, path in Store(folder / "cache").files(kind)}
-    assert sum(key in said for key in keys) == 2
+    assert sum(name.split("/")[1] in said for name in files(folder)) == 2
     config = bench.config(cache_dir=str(folder / "cache"), tokenizer_max_length=12)
     builder = st.CacheBuilder(st.plan(st.discover(bench.datasets), config), st.encoders(config))
     told = upkeep.explain(builder, picture)

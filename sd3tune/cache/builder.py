@@ -1,93 +1,37 @@
-"""Encode what is missing, and hand out what is there.
+"""Encode what is missing.
 
 Groups that are encoded together are a fixed function of the plan (sorted keys, in chunks), and a group with a missing
 member is encoded whole: so a build that was killed ends bitwise as one that was not.
-
-Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple
 
+from sd3tune.cache.decoding import Decoded, decode
+from sd3tune.cache.findings import findings
 from sd3tune.cache.keys import latent_key, text_key
-from sd3tune.cache.store import Store
+from sd3tune.cache.memory import Halving
+from sd3tune.cache.reading import Cache, Coverage
+from sd3tune.cache.states import Encoders, LoadedEncoders
+from sd3tune.cache.store import Entry, Store
 from sd3tune.data.buckets import Bucket, Placement
-from sd3tune.data.images import BROKEN, read_rgb
 from sd3tune.data.planning import Plan
+from sd3tune.data.seen import Seen, digests
 from sd3tune.records import CacheRecord
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
+WORKERS = max(1, min(8, os.cpu_count() or 1))
+"""Threads that decode pictures; Pillow frees the interpreter while it works."""
 
+AHEAD = 2
+"""Groups that are decoded before they are needed."""
 
-class Text(NamedTuple):
-    """What the transformer reads of one text."""
-
-    joint_LD: Tensor
-    pooled_P: Tensor
-
-
-class TextStates(NamedTuple):
-    """What is stored of one text: D of CLIP is not padded yet."""
-
-    clip_LD: Tensor
-    t5_LD: Tensor
-    pooled_P: Tensor
-
-    def joined(self) -> Text:
-        """CLIP padded to T5's width and put before it, as SD3 does."""
-        import torch
-
-        clip_LD = torch.nn.functional.pad(self.clip_LD, (0, self.t5_LD.shape[-1] - self.clip_LD.shape[-1]))
-        return Text(torch.cat([clip_LD, self.t5_LD]), self.pooled_P)
-
-
-class LoadedEncoders(Protocol):
-    """Encoders in memory."""
-
-    def encode_images(self, pictures: Sequence[Image]) -> Tensor:
-        """Scaled latents B C H W of pictures of one size."""
-
-    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        """The states of each text."""
-
-
-class Encoders(Protocol):
-    """What the cache needs of the models: an identity without loading, and a scope in which they are loaded."""
-
-    @property
-    def latent_fingerprint(self) -> str:
-        """Changes when the same picture would give another latent."""
-
-    @property
-    def text_fingerprint(self) -> str:
-        """Changes when the same text would give other states."""
-
-    def load(self) -> AbstractContextManager[LoadedEncoders]:
-        """Encoders for the duration of the block."""
-
-
-class Cache:
-    """The encoded plan. Ask by placement or by text."""
-
-    def __init__(self, plan: Plan, encoders: Encoders, *, store: Store | None = None, hits: int = 0, misses: int = 0) -> None:
-        self.plan, self.hits, self.misses = plan, hits, misses
-        self._store = store or Store(Path(plan.cache_dir))
-        self._latent_mark, self._text_mark = encoders.latent_fingerprint, encoders.text_fingerprint
-
-    def latent(self, placement: Placement) -> Tensor:
-        """Scaled latent C H W. Raises: CacheError."""
-        key = latent_key(placement.item.pixels, placement.geometry, self._latent_mark, placement.item.dataset.background)
-        return self._store.read("latents", key, ["latent_CHW"])[0]
-
-    def text(self, caption: str) -> Text:
-        """Joint states L D and pooled P. Raises: CacheError."""
-        return TextStates(*self._store.read("texts", text_key(caption, self._text_mark), TextStates._fields)).joined()
+SHARD_BYTES = 64 * 2**20
+"""A shard is written when it has so many bytes, or ``write_batch_size`` entries."""
 
 
 class Job(NamedTuple):
@@ -103,11 +47,23 @@ class Job(NamedTuple):
         return self.placement is not None and self.placement.item.path in (picture, picture.absolute(), picture.resolve())
 
 
-class CacheBuilder:
-    """Iterate to encode a plan: one record per entry. `build` does it in one call."""
+class Group(NamedTuple):
+    """Jobs that are encoded together, those of them whose entry is missing, and what should be said of each."""
 
-    def __init__(self, plan: Plan, encoders: Encoders) -> None:
-        self.plan, self._encoders = plan, encoders
+    kind: str
+    jobs: list[Job]
+    wanted: Mapping[str, str]
+
+
+class CacheBuilder:
+    """Iterate to encode a plan: one record per picture that is hashed and per entry. `build` does it in one call.
+
+    ``part`` = (rank, of): this process encodes only its share of the groups; a build of all of them then finds every entry.
+    Stopping between two records loses nothing, and a later iteration goes on.
+    """
+
+    def __init__(self, plan: Plan, encoders: Encoders, *, part: tuple[int, int] = (0, 1)) -> None:
+        self.plan, self._encoders, self._part = plan, encoders, part
         self.store = Store(Path(plan.cache_dir))
 
     def build(self) -> Cache:
@@ -116,59 +72,103 @@ class CacheBuilder:
 
     def cache(self, records: Sequence[CacheRecord]) -> Cache:
         """The cache of a finished iteration, which yielded ``records``. Raises: DataError when no picture is left to train on."""
-        reused = sum(record.reused for record in records)
-        broken = {record.key: record.problem for record in records if record.problem and not self.store.has(record.kind, record.key)}
-        found = len(records) - len(broken)
-        # By key and not by name: the same bytes may lie in several files.
-        paths = (
-            {str(cut.item.path): broken[self._latent_key(cut)] for cut in self._cuts() if self._latent_key(cut) in broken} if broken else {}
-        )
-        return Cache(self.plan.without(paths), self._encoders, store=self.store, hits=reused, misses=found - reused)
+        entries = [record for record in records if record.kind != "pictures"]
+        broken = {record.name: record.problem for record in records if record.kind == "pictures" and record.problem}
+        lost = {r.key: r.problem for r in entries if r.problem and not self.store.has(r.kind, r.key)}
+        if lost:  # by key and not by name: the same bytes may lie in several files
+            broken |= {str(cut.item.path): lost[self._latent_key(cut)] for cut in self.plan.cuts if self._latent_key(cut) in lost}
+        reused = sum(record.reused for record in entries)
+        plan = self.plan.without(broken)
+        looks = {str(cut.item.path): self.store.facts("latents", self._latent_key(cut)) for cut in plan.cuts}
+        plan = findings(plan, looks)
+        return Cache(plan, self._encoders, store=self.store, hits=reused, misses=len(entries) - len(lost) - reused)
+
+    def coverage(self) -> Coverage:
+        """How much of the plan is encoded already; reads no picture."""
+        return Cache(self.plan, self._encoders, store=self.store).coverage()
 
     def wanted(self) -> Iterator[tuple[str, str, Job]]:
-        """Kind, key and job of every entry that the plan needs."""
+        """Kind, key and job of every entry that the plan needs. Reads pictures that were not hashed yet."""
+        for _ in self._hash():
+            pass
         yield from ((kind, job.key, job) for kind, jobs in self._groups() for job in jobs)
 
-    def __len__(self) -> int:
-        """Entries of the plan, whether encoded or not."""
-        return sum(len(jobs) for _, jobs in self._groups())
-
     def __iter__(self) -> Iterator[CacheRecord]:
+        yield from self._hash()
+        self.store.refresh()
         groups = self._groups()
-        total, done = sum(len(jobs) for _, jobs in groups), 0
-        missing: list[tuple[str, list[Job], dict[str, str]]] = []
-        for kind, jobs in groups:
-            wanted: dict[str, str] = {}
+        mine = [group for number, group in enumerate(groups) if number % self._part[1] == self._part[0]]
+        total, done = sum(len(jobs) for _, jobs in mine), 0
+        missing: list[Group] = []
+        for kind, jobs in mine:
+            wanted = {job.key: said for job, said in zip(jobs, self._problems(kind, jobs), strict=True) if said is not None}
             for job in jobs:
-                if not self.store.has(kind, job.key):
-                    wanted[job.key] = ""
-                elif damage := self.store.damage(kind, job.key):
-                    wanted[job.key] = f"encoded again: {damage}"
-                else:
+                if job.key not in wanted:
                     done += 1
                     yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=True)
             if wanted:
-                missing.append((kind, jobs, wanted))
+                missing.append(Group(kind, jobs, wanted))
+        for kind, job, said, reused in self._encoded(missing):
+            done += 1
+            yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=reused, problem=said)
+
+    def _problems(self, kind: str, jobs: list[Job]) -> list[str | None]:
+        """For each job: ``None`` when its entry is whole, else what should be said when it is encoded."""
+        with ThreadPoolExecutor(max_workers=WORKERS) as pool:
+            return list(pool.map(lambda job: self._problem(kind, job.key), jobs))
+
+    def _problem(self, kind: str, key: str) -> str | None:
+        if not self.store.has(kind, key):
+            return ""
+        damage = self.store.damage(kind, key)
+        return f"encoded again: {damage}" if damage else None
+
+    def _hash(self) -> Iterator[CacheRecord]:
+        """Read the pictures that were not hashed yet, remember their digests, and put them into the plan."""
+        unknown = {str(p.item.path): p.item for p in (*self.plan.train, *self.plan.evaluation) if not p.item.pixels}
+        found: dict[str, str] = {}
+        paths = [item.path for item in unknown.values()]
+        for number, (path, pixels, problem) in enumerate(digests(paths), start=1):
+            found[str(path)] = pixels
+            yield CacheRecord(
+                step=number, total=len(paths), kind="pictures", key=pixels, name=str(path), reused=False, problem=problem
+            )  # fmt: skip
+        if found:
+            broken = {path for path, pixels in found.items() if not pixels}
+            self.plan = self.plan.hashed(found)
+            _remember(self.plan, set(found) - broken)
+
+    def _encoded(self, missing: list[Group]) -> Iterator[tuple[str, Job, str, bool]]:
+        """Encode groups and put their wanted members in place; yields kind, job, what should be said, and whether it was there."""
         if not missing:
             return
-        with self._encoders.load() as loaded:
-            for kind, jobs, wanted in missing:
-                for job, problem in self._encode(loaded, kind, jobs, wanted):
-                    done += 1
-                    yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=False, problem=problem)
-
-    def _encode(self, loaded: LoadedEncoders, kind: str, jobs: list[Job], wanted: Mapping[str, str]) -> Iterator[tuple[Job, str]]:
-        """Encode a group and put its ``wanted`` members in place; yields each of them with what should be said of it."""
-        if kind == "texts":
-            tensors = [states._asdict() for states in loaded.encode_texts([job.text for job in jobs])]
-        else:
-            jobs, pictures, broken = _decode(jobs)
-            yield from ((job, reason) for job, reason in broken if job.key in wanted)
-            tensors = [{"latent_CHW": z} for z in loaded.encode_images(pictures)] if pictures else []
-        for job, values in zip(jobs, tensors, strict=True):
-            if job.key in wanted:
-                self.store.write(kind, job.key, values, group=len(jobs))
-                yield job, wanted[job.key]
+        with self._encoders.load() as loaded, Writer(self.store, self.plan.write_batch_size) as writer:
+            images = Halving(loaded.encode_images, can_tile=True)
+            texts = Halving(lambda rows, tiled: loaded.encode_texts(rows), can_tile=False)
+            for group, decoded in _decoded_ahead(missing):
+                self.store.refresh()
+                if all(self.store.has(group.kind, key) for key, said in group.wanted.items() if not said) and not any(
+                    group.wanted.values()
+                ):
+                    yield from ((group.kind, job, "", True) for job in group.jobs if job.key in group.wanted)  # another process did it
+                    continue
+                if group.kind == "texts":
+                    entries = [
+                        (job, Entry(job.key, states._asdict(), size), said)
+                        for job, (states, size, said) in zip(group.jobs, texts([job.text for job in group.jobs]), strict=True)
+                    ]
+                else:
+                    pairs = [(job, result) for job, result in zip(group.jobs, decoded, strict=True)]
+                    yield from ((group.kind, job, r.problem, False) for job, r in pairs if r.picture is None and job.key in group.wanted)
+                    whole = [(job, r, r.picture) for job, r in pairs if r.picture is not None]
+                    entries = [
+                        (job, Entry(job.key, {"mean_CHW": mean, "deviation_CHW": deviation}, size, r.facts), said)
+                        for (job, r, _), ((mean, deviation), size, said) in zip(whole, images([p for *_, p in whole]), strict=True)
+                    ]
+                for job, entry, said in entries:
+                    if job.key in group.wanted:
+                        writer.put(group.kind, entry)
+                        yield group.kind, job, "; ".join(filter(None, (group.wanted[job.key], said))), False
 
     def _groups(self) -> list[tuple[str, list[Job]]]:
         return [*self._text_groups(), *self._latent_groups()]
@@ -178,18 +178,14 @@ class CacheBuilder:
         jobs = sorted(Job(text_key(text, mark), text, None, text) for text in self.plan.texts)
         return [("texts", chunk) for chunk in _chunks(jobs, self.plan.text_batch_size)]
 
-    def _cuts(self) -> Iterator[Placement]:
-        """Every cut of every picture of the plan."""
-        return (variant for placement in (*self.plan.train, *self.plan.evaluation) for variant in placement.variants)
-
     def _latent_key(self, cut: Placement) -> str:
         return latent_key(cut.item.pixels, cut.geometry, self._encoders.latent_fingerprint, cut.item.dataset.background)
 
     def _latent_groups(self) -> list[tuple[str, list[Job]]]:
         by_bucket: dict[Bucket, dict[str, Job]] = {}
-        for placement in self._cuts():
-            key = self._latent_key(placement)
-            by_bucket.setdefault(placement.bucket, {})[key] = Job(key, str(placement.item.path), placement, "")
+        for placement in self.plan.cuts:
+            if key := self._latent_key(placement):
+                by_bucket.setdefault(placement.bucket, {})[key] = Job(key, str(placement.item.path), placement, "")
         return [
             ("latents", chunk)
             for bucket in sorted(by_bucket)
@@ -197,30 +193,68 @@ class CacheBuilder:
         ]
 
 
-def _decode(jobs: list[Job]) -> tuple[list[Job], list[Image], list[tuple[Job, str]]]:
-    """The jobs whose pictures can be decoded, those pictures, and the other jobs with the reason."""
-    pairs: list[tuple[Job, Image]] = []
-    broken: list[tuple[Job, str]] = []
-    for job in jobs:
-        assert job.placement is not None
+class Writer:
+    """Collects entries and writes them as shards in a thread of its own; at the end of the block all are in place."""
+
+    def __init__(self, store: Store, entries: int) -> None:
+        self._store, self._most = store, entries
+        self._waiting: dict[str, list[Entry]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def put(self, kind: str, entry: Entry) -> None:
+        """Take an entry. Raises: FileError, also for those that were put before."""
+        rows = self._waiting.setdefault(kind, [])
+        rows.append(entry)
+        if len(rows) >= self._most or sum(t.nbytes for e in rows for t in e.tensors.values()) >= SHARD_BYTES:
+            self._write(kind)
+
+    def _write(self, kind: str) -> None:
+        rows = self._waiting.pop(kind)
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._pool.submit(self._store.write, kind, rows)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is left, also when the iteration was stopped or failed."""
         try:
-            pairs.append((job, cut(job.placement)))
-        except BROKEN as error:
-            broken.append((job, f"cannot be decoded, though its header could be read ({error})"))
-    return [job for job, _ in pairs], [picture for _, picture in pairs], broken
+            for kind in list(self._waiting):
+                self._write(kind)
+            if self._writing is not None:
+                self._writing.result()
+        finally:
+            self._pool.shutdown()
 
 
-def cut(placement: Placement) -> Image:
-    """The picture as it is encoded: upright, on white, resized once with Lanczos, cut to its bucket, mirrored if asked."""
-    from PIL.Image import Resampling, Transpose
+def _decoded_ahead(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Decoded]]]:
+    """Groups with their pictures, decoded by threads while the groups before them are encoded."""
+    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
+        waiting: list[tuple[Group, list[Future[Decoded]]]] = []
+        for group in groups:
+            waiting.append((group, [pool.submit(decode, job.placement) for job in group.jobs if job.placement]))
+            if len(waiting) > AHEAD:
+                first, futures = waiting.pop(0)
+                yield first, [future.result() for future in futures]
+        for group, futures in waiting:
+            yield group, [future.result() for future in futures]
 
-    resized, left, top, bucket, mirrored = placement.geometry
-    picture = read_rgb(placement.item.path, background=placement.item.dataset.background, wanted=resized).resize(
-        resized, Resampling.LANCZOS
-    )
-    picture = picture.crop((left, top, left + bucket.width, top + bucket.height))
-    return picture.transpose(Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
+
+def _remember(plan: Plan, paths: set[str]) -> None:
+    """Keep the digests of these files for the next time."""
+    for dataset in plan.catalog.datasets:
+        seen = Seen(dataset.instance_data_dir or dataset.dataset_name or "")
+        items = [item for item in plan.catalog.items if item.dataset == dataset and item.found]
+        for item in items:
+            if item.found and str(item.path) in paths:
+                seen.put(item.found, (item.width, item.height, item.pixels, item.focus))
+        seen.save([item.found.name for item in items if item.found])
 
 
 def _chunks(jobs: list[Job], size: int) -> list[list[Job]]:
     return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+
+
+__all__ = ["Cache", "CacheBuilder", "Group", "Job", "LoadedEncoders"]

@@ -5,12 +5,17 @@ from __future__ import annotations
 from sd3tune.data.buckets import Geometry
 from sd3tune.files import digest
 
-FORMAT = "2"
+FORMAT = "3"
 """Raised when the meaning of the stored tensors changes."""
 
 
 def latent_key(pixels: str, geometry: Geometry, fingerprint: str, background: str = "white") -> str:
-    """Key of a picture's latent: its bytes, how it is resized and cut, what is behind it, and the autoencoder that sees it."""
+    """Key of a picture's latent: its bytes, how it is resized and cut, what is behind it, and the autoencoder that sees it.
+
+    The empty text when ``pixels`` is empty: a picture that was not hashed yet has no key.
+    """
+    if not pixels:
+        return ""
     (width, height), left, top, bucket, mirrored = geometry
     return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored, background, fingerprint)
 

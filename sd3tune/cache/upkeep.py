@@ -7,60 +7,67 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3tune.cache.builder import CacheBuilder
+from sd3tune.cache.builder import CacheBuilder, Job
 from sd3tune.cache.store import KINDS, Store
 from sd3tune.errors import CacheError
-from sd3tune.files import explained
 from sd3tune.shown import Shown
 
 
 @dataclass(frozen=True, repr=False)
 class Stats(Shown):
-    """Entries and bytes of each kind in a cache folder."""
+    """Entries, files and bytes of each kind in a cache folder."""
 
     root: Path
     entries: dict[str, int]
+    files: dict[str, int]
     size: dict[str, int]
 
     def __str__(self) -> str:
-        rows = [f"{kind:8} {self.entries[kind]:8,} entries  {self.size[kind] / 1e6:10,.1f} MB" for kind in self.entries]
+        rows = [
+            f"{kind:8} {self.entries[kind]:8,} entries in {self.files[kind]:4,} files  {self.size[kind] / 1e6:10,.1f} MB"
+            for kind in self.entries
+        ]
         return "\n".join([f"{self.root.absolute()}", *rows])
 
 
 def stats(root: str | Path) -> Stats:
     """What lies in a cache folder. Raises: CacheError when there is none."""
     store = opened(root)
-    files = {kind: [path.stat().st_size for _, path in store.files(kind)] for kind in KINDS}
-    return Stats(store.root, {k: len(v) for k, v in files.items()}, {k: sum(v) for k, v in files.items()})
+    shards = {kind: store.shards(kind) for kind in KINDS}
+    return Stats(
+        store.root,
+        {kind: sum(1 for _ in store.entries(kind)) for kind in KINDS},
+        {kind: len(rows) for kind, rows in shards.items()},
+        {kind: sum(shard.stamp.size for shard in rows) for kind, rows in shards.items()},
+    )
 
 
-def verify(root: str | Path) -> Iterator[tuple[Path, str]]:
-    """Each entry's file with what is wrong with it (the empty text when nothing is). Changes nothing. Raises: CacheError."""
+def verify(root: str | Path) -> Iterator[tuple[str, str]]:
+    """Each entry's key with what is wrong with it (the empty text when nothing is), and each unreadable file.
+
+    Changes nothing. Raises: CacheError when there is no cache.
+    """
     store = opened(root)
     for kind in KINDS:
-        for key, path in store.files(kind):
-            yield path, store.damage(kind, key)
+        for key, _ in store.entries(kind):
+            yield key, store.damage(kind, key)
+    yield from ((path.name, said) for path, said in store.unreadable.items())
 
 
-def unused(root: str | Path, builders: list[CacheBuilder]) -> list[Path]:
-    """Entries that none of the plans needs. Raises: CacheError when there is no cache."""
+def unused(root: str | Path, builders: list[CacheBuilder]) -> dict[str, dict[str, int]]:
+    """Kind -> key -> bytes of the entries that none of the plans needs. Raises: CacheError when there is no cache."""
     store = opened(root)
     needed = {(kind, key) for builder in builders for kind, key, _ in builder.wanted()}
-    return [path for kind in KINDS for key, path in store.files(kind) if (kind, key) not in needed]
+    return {kind: {key: shard.size(key) for key, shard in store.entries(kind) if (kind, key) not in needed} for kind in KINDS}
 
 
-def remove(root: str | Path, paths: list[Path]) -> int:
-    """Delete entries of a cache and return their bytes. Raises: CacheError for a path that is not one; FileError."""
-    store, freed = opened(root), 0
-    known = {path for kind in KINDS for _, path in store.files(kind)}
-    strangers = [path for path in paths if path not in known]
+def remove(root: str | Path, keys: dict[str, set[str]]) -> int:
+    """Delete entries of a cache and return the bytes freed. Raises: CacheError for a key that is not one; FileError."""
+    store = opened(root)
+    strangers = [key for kind, rows in keys.items() for key in sorted(rows) if not store.has(kind, key)]
     if strangers:
         raise CacheError(f"{strangers[0]}: not an entry of the cache {store.root}; nothing was deleted")
-    for path in paths:
-        freed += path.stat().st_size
-        with explained(path):
-            path.unlink()
-    return freed
+    return store.remove(keys)
 
 
 def explain(builder: CacheBuilder, picture: str | Path) -> str:
@@ -69,28 +76,37 @@ def explain(builder: CacheBuilder, picture: str | Path) -> str:
     Raises: CacheError when the picture is not in the plan.
     """
     wanted = Path(picture)
-    cuts = [(kind, key, job) for kind, key, job in builder.wanted() if job.belongs_to(wanted)]
+    jobs = list(builder.wanted())
+    cuts = [(kind, key, job) for kind, key, job in jobs if job.belongs_to(wanted)]
     captions = {caption for _, _, job in cuts if job.placement for caption in job.placement.item.captions}
-    jobs = cuts + [(kind, key, job) for kind, key, job in builder.wanted() if job.placement is None and job.text in captions]
     if not cuts:
         left = next((p for p in builder.plan.problems if p.path == wanted.absolute() or p.path.name == wanted.name), None)
         raise CacheError(f"{wanted}: not in the plan" + (f" ({left.reason})" if left else "; give the path that `sd3tune plan` knows"))
     lines = [f"{wanted}"]
-    for kind, key, job in jobs:
-        path = builder.store.path(kind, key)
-        what = (
-            f"caption {job.text!r}" if job.placement is None else f"resized to {job.placement.geometry.resized}, cut {job.placement.bucket}"
-        )
-        lines.append(f"{kind[:-1]}: {what}")
-        lines.append(
-            f"  key {key}: a digest of the {'text' if job.placement is None else 'picture and its cut'} and of the encoders that read it"
-        )
-        if not path.is_file():
-            lines.append("  not there: it will be encoded, because no entry has this key")
-        else:
-            made, damage = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)), builder.store.damage(kind, key)
-            lines.append(f"  there since {made}, {path.stat().st_size:,} bytes: " + (damage or "it will be reused"))
+    for kind, key, job in cuts + [(kind, key, job) for kind, key, job in jobs if job.placement is None and job.text in captions]:
+        lines += [f"{kind[:-1]}: {_what(job)}", *_why(builder.store, kind, key, job)]
     return "\n".join(lines)
+
+
+def _what(job: Job) -> str:
+    if job.placement is None:
+        return f"caption {job.text!r}"
+    (width, height), left, top, bucket, mirrored = job.placement.geometry
+    return f"resized to {width}x{height}, cut {bucket} at {left}, {top}" + ", mirrored" * mirrored
+
+
+def _why(store: Store, kind: str, key: str, job: Job) -> Iterator[str]:
+    of = "text" if job.placement is None else "picture's bytes, of its cut and background"
+    yield f"  key {key}: a digest of the {of}, and of the encoders that read it with their settings"
+    if not store.has(kind, key):
+        yield "  not there: it will be encoded, because no entry has this key"
+    elif damage := store.damage(kind, key):
+        yield f"  there, but damaged: {damage}"
+    else:
+        shard = next(shard for known, shard in store.entries(kind) if known == key)
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(shard.stamp.time / 1e9))
+        formats = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in store.entry(kind, key).tensors.items())
+        yield f"  there since {made}, {shard.size(key):,} bytes ({formats}), encoded in a group of {shard.about[key][0]}: it will be reused"
 
 
 def opened(root: str | Path) -> Store:

@@ -18,6 +18,7 @@ def playground(**settings: Any) -> RunConfig:
 PLAYGROUND: dict[str, Any] = {
     "model_flavour": "playground",
     "mixed_precision": "no",
+    "vae_dtype": "fp32",
     "tokenizer_max_length": 16,
     "aspect_bucket_alignment": 16,
     "lora_rank": 16,

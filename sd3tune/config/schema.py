@@ -38,6 +38,14 @@ class Model:
         Literal["no_change", "int8-quanto"], about("Number format in which the frozen base weights are kept.")
     ] = "no_change"
     tokenizer_max_length: Annotated[int, about("Length of every text for T5.", low=1, high=512, unit="tokens")] = 154
+    t5_padding: Annotated[
+        Literal["unmodified", "zero"], about("What follows a text's T5 states up to that length: what T5 makes of pads, or zeros.")
+    ] = "unmodified"
+    vae_dtype: Annotated[Literal["bf16", "fp16", "fp32"], about("Number format of the autoencoder.")] = "bf16"
+    vae_enable_tiling: Annotated[bool, about("Encode and decode in tiles: less memory, values that differ slightly at their edges.")] = (
+        False
+    )
+    vae_enable_slicing: Annotated[bool, about("Encode and decode one picture at a time: less memory.")] = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -60,6 +68,10 @@ class Data:
     train_batch_size: Annotated[int, about("Pictures of one forward pass.", low=1, high=1024, unit="images")] = 1
     gradient_accumulation_steps: Annotated[int, about("Forward passes of one update.", low=1, high=1024)] = 1
     vae_batch_size: Annotated[int, about("Pictures encoded together.", low=1, high=1024, unit="images")] = 4
+    write_batch_size: Annotated[int, about("Entries of one file of the cache.", low=1, high=10_000, unit="entries")] = 128
+    latent_draw: Annotated[
+        Literal["mean", "sample"], about("What stands for a picture: the mean of the autoencoder's posterior, or a new draw each time.")
+    ] = "mean"
     text_encoder_batch_size: Annotated[int, about("Captions encoded together.", low=1, high=1024, unit="captions")] = 16
     caption_dropout_probability: Annotated[float, about("Share of training images seen without their caption.", low=0, high=1)] = 0.1
     aspect_bucket_alignment: Annotated[
@@ -69,6 +81,9 @@ class Data:
         Literal["short", "merge", "drop", "error"],
         about("What becomes of a size with fewer pictures than a batch: a short batch, the nearest size, left out, or an error."),
     ] = "short"
+    allow_dataset_oversubscription: Annotated[bool, about("Repeat the pictures of a size that does not fill a batch until they do.")] = (
+        False
+    )
     allow_missing_captions: Annotated[bool, about("Train pictures without a caption on the empty text instead of stopping.")] = False
 
 

@@ -57,6 +57,11 @@ class Placement:
         elif dataset.crop and dataset.crop_style == "random":
             rng = random.Random(f"{self.item.pixels} {self.variant}")
             left, top = rng.randint(0, room[0]), rng.randint(0, room[1])
+        elif dataset.crop and dataset.crop_style == "face" and self.item.focus is not None:
+            left, top = (
+                min(max(0, round(share * side - cut / 2)), space)
+                for share, side, cut, space in zip(self.item.focus, resized, self.bucket, room, strict=True)
+            )
         return Geometry(resized, left, top, self.bucket, self.mirrored)
 
     @property
@@ -65,7 +70,7 @@ class Placement:
         width, height = self.geometry.resized
         return 1 - self.bucket.width * self.bucket.height / (width * height)
 
-    @property
+    @cached_property
     def variants(self) -> tuple[Placement, ...]:
         """Every cut of this appearance; an epoch uses one of them."""
         count = self.item.dataset.crop_variants

@@ -6,11 +6,12 @@ import csv
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sd3tune.data.datasets import CaptionShuffle, Dataset, Parquet
+from sd3tune.data.sources import Found, HubRow
 from sd3tune.errors import DataError
 
 NAME_COLUMNS = ("file_name", "filename", "image", "path", "name")
@@ -19,19 +20,19 @@ NAME_COLUMNS = ("file_name", "filename", "image", "path", "name")
 SEPARATORS = {"comma": (",", ", "), "space": (None, " "), "period": (".", ". ")}
 """``split_on`` -> what to split on, and what to join with."""
 
-Reader = Callable[[Path], tuple[str, ...]]
+Reader = Callable[[Found], tuple[str, ...]]
 
 
 def reader(dataset: Dataset, folder: Path) -> Reader:
-    """A function from a picture's path to its captions, none when it has none. It raises ValueError for a bad caption file.
+    """A function from a picture to its captions, none when it has none. It raises ValueError for a bad caption file.
 
     Raises: DataError when a table of captions cannot be read.
     """
     raw = _source(dataset, folder)
     rules = filter_rules(dataset.caption_filter_list, folder)
 
-    def captions_of(path: Path) -> tuple[str, ...]:
-        found = raw(path)
+    def captions_of(picture: Found) -> tuple[str, ...]:
+        found = raw(picture)
         if dataset.instance_prompt and dataset.only_instance_prompt:
             found = (dataset.instance_prompt,)
         elif dataset.instance_prompt and dataset.prepend_instance_prompt:
@@ -45,25 +46,33 @@ def reader(dataset: Dataset, folder: Path) -> Reader:
 
 def _source(dataset: Dataset, folder: Path) -> Reader:
     if dataset.caption_strategy == "filename":
-        return lambda path: (from_filename(path),)
+        return lambda picture: (from_filename(picture.path),)
     if dataset.caption_strategy == "instanceprompt":
-        return lambda path: (dataset.instance_prompt or "",)
+        return lambda picture: (dataset.instance_prompt or "",)
     if dataset.caption_strategy == "textfile":
-        return lambda path: from_textfile(path, split=not dataset.disable_multiline_split)
+        return lambda picture: from_textfile(picture.path, split=not dataset.disable_multiline_split)
+    if dataset.caption_strategy == "huggingface":
+        return lambda picture: _of_row(picture, dataset)
     if dataset.caption_strategy == "csv":
-        table, whole = read_csv(find(dataset.csv_file or "", folder), dataset.csv_caption_column), True
+        names = (dataset.csv_url_column,) if dataset.type == "csv" else NAME_COLUMNS
+        table, whole = read_csv(table_file(dataset.csv_file or "", folder), dataset.csv_caption_column, names), True
     else:
         assert dataset.parquet is not None
-        file = find(dataset.parquet.path, folder)
+        file = table_file(dataset.parquet.path, folder)
         rows = read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson", ".json") else read_parquet(file)
         table, whole = as_table(rows, dataset.parquet, file), dataset.parquet.identifier_includes_extension
 
-    def look_up(path: Path) -> tuple[str, ...]:
-        ending = "" if whole else path.suffix
-        names = [name.removesuffix(ending) for name in (path.relative_to(folder).as_posix(), path.name)]
+    def look_up(picture: Found) -> tuple[str, ...]:
+        ending = "" if whole else picture.path.suffix
+        names = [name.removesuffix(ending) for name in (picture.name, picture.path.name)]
         return next(((table[name],) for name in names if name in table), ())
 
     return look_up
+
+
+def _of_row(picture: Found, dataset: Dataset) -> tuple[str, ...]:
+    text = cast(HubRow, picture.path).text(dataset.caption_column)
+    return tuple(line for line in map(clean, [text] if dataset.disable_multiline_split else text.splitlines()) if line)
 
 
 def clean(text: str) -> str:
@@ -79,17 +88,17 @@ def from_filename(picture: Path) -> str:
 def from_textfile(picture: Path, *, split: bool = True) -> tuple[str, ...]:
     """The lines of the ``.txt`` file beside the picture; none when there is no file. Raises: ValueError when it is not text."""
     path = picture.with_suffix(".txt")
-    if not path.is_file():
-        return ()
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        return ()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     lines = text.splitlines() if split else [text]
     return tuple(line for line in map(clean, lines) if line)
 
 
-def find(name: str, folder: Path) -> Path:
+def table_file(name: str, folder: Path) -> Path:
     """A table's file: as named, or inside the folder, or beside it. Raises: DataError."""
     for candidate in (Path(name), folder / name, folder.parent / name):
         if candidate.is_file():
@@ -97,7 +106,7 @@ def find(name: str, folder: Path) -> Path:
     raise DataError(f"{name}: no such table of captions (looked here, in {folder}, and beside it)")
 
 
-def read_csv(path: Path, column: str) -> dict[str, str]:
+def read_csv(path: Path, column: str, names_from: Sequence[str] = NAME_COLUMNS) -> dict[str, str]:
     """File name -> caption. Raises: DataError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as opened:
@@ -105,9 +114,9 @@ def read_csv(path: Path, column: str) -> dict[str, str]:
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error})") from None
     columns = list(rows[0]) if rows else []
-    names = next((name for name in NAME_COLUMNS if name in columns), None)
+    names = next((name for name in names_from if name in columns), None)
     if names is None or column not in columns:
-        wanted = f"one of {', '.join(NAME_COLUMNS)}" if names is None else f"{column!r} (csv_caption_column)"
+        wanted = f"one of {', '.join(names_from)}" if names is None else f"{column!r} (csv_caption_column)"
         raise DataError(f"{path}: there is no column {wanted}; its first line has {columns}")
     return {str(row[names]): str(row[column] or "") for row in rows}
 
@@ -178,7 +187,7 @@ def filter_rules(given: str | tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """The rules of ``caption_filter_list``, read from its file if it names one. Raises: DataError."""
     if isinstance(given, tuple):
         return given
-    path = find(given, folder)
+    path = table_file(given, folder)
     try:
         text = path.read_text(encoding="utf-8-sig")
         rules = json.loads(text) if path.suffix.lower() == ".json" else [line for line in text.splitlines() if line.strip()]

@@ -1,34 +1,40 @@
-"""What is in the folders: an item for each usable picture, a problem for each other one. Reads, and changes nothing."""
+"""What is in the folders: an item for each usable picture, a problem for each other one. Reads, and changes nothing there."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from sd3tune.data import captions, images
+from sd3tune.data import captions, faces, images, overlay, sources
 from sd3tune.data.datasets import Dataset
 from sd3tune.data.entries import read_datasets
+from sd3tune.data.seen import Seen, digests
+from sd3tune.data.sources import Found
 from sd3tune.errors import DataError
-from sd3tune.files import digest, file_digest
+from sd3tune.files import digest
 from sd3tune.shown import Shown
-
-LITTER = frozenset({".ipynb_checkpoints", "__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir"})
-"""Names, in lower case, that systems leave in folders; passed over like everything that begins with a point."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One picture with its captions. ``pixels`` identifies the file's bytes, ``id`` the pair."""
+    """One picture with its captions. ``pixels`` is the digest of the file's bytes, empty while it was not read yet."""
 
-    id: str
     dataset: Dataset
     path: Path
     width: int
     height: int
     pixels: str
     captions: tuple[str, ...]
+    focus: tuple[float, float] | None = None
+    """Where a face is, in shares of width and height."""
+    found: Found | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def id(self) -> str:
+        """Identity of the pair, 16 hexadecimal digits; of the place and the captions while the picture was not read yet."""
+        return digest(self.pixels or str(self.path), *self.captions)[:16]
 
     @property
     def caption(self) -> str:
@@ -38,7 +44,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A file that is left out, and why."""
+    """A file that is left out, or should be looked at, and why."""
 
     path: Path
     reason: str
@@ -58,7 +64,7 @@ class Catalog(Shown):
         lines = []
         for dataset in self.datasets:
             count = sum(item.dataset == dataset for item in self.items)
-            lines.append(f"{dataset.id}: {count} pictures from {dataset.instance_data_dir}")
+            lines.append(f"{dataset.id}: {count} pictures from {dataset.instance_data_dir or dataset.dataset_name}")
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"refused: {p.path}: {p.reason}" for p in self.problems]
         if self.missing_captions:
@@ -67,72 +73,111 @@ class Catalog(Shown):
 
 
 def discover(source: str | Path) -> Catalog:
-    """Everything in the folders of a ``datasets.yaml``, or in one folder with ``.txt`` captions.
+    """Everything in the folders of a ``datasets.yaml``, or in one folder or address with ``.txt`` captions.
 
     Raises: ConfigError for entries that are wrong; DataError for a folder that is missing or holds no usable picture.
     """
     path = Path(source)
-    if path.is_dir():
-        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(path))])
+    if path.is_dir() or "://" in str(source):
+        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(source))])
     if path.suffix.lower() not in (".yaml", ".yml"):
         what = "is a file, not a folder" if path.exists() else f"no such folder (from {Path.cwd()})"
         raise DataError(f"{path}: {what}; give a folder of pictures or a datasets.yaml")
     entries, notes = read_datasets(path)
-    return from_datasets(entries, beside=path.parent, notes=notes)
+    return from_datasets(entries, beside=path.parent, notes=notes, edited=overlay.read(path))
 
 
-def from_datasets(datasets: Sequence[Dataset], *, beside: Path = Path(), notes: tuple[str, ...] = ()) -> Catalog:
+def from_datasets(
+    datasets: Sequence[Dataset], *, beside: Path = Path(), notes: tuple[str, ...] = (), edited: overlay.Captions | None = None
+) -> Catalog:
     """The catalog of entries already read; relative folders are looked for in ``beside``. Raises: DataError."""
-    entries = [dataclasses.replace(d, instance_data_dir=str((beside / d.instance_data_dir).resolve())) for d in datasets]
+    entries = [dataclasses.replace(d, instance_data_dir=_absolute(d.instance_data_dir, beside)) for d in datasets]
     items: list[Item] = []
     problems: list[Problem] = []
     for dataset in entries:
-        found = list(_of_dataset(dataset))
+        found = _of_dataset(dataset, (edited or {}).get(dataset.id, {}))
         items += [one for one in found if isinstance(one, Item)]
         problems += [one for one in found if isinstance(one, Problem)]
-    items, shared = _apart(items)
+    same = identities(items)
+    items, shared, doubles = _apart(items, same)
     if not any(item.dataset.dataset_type == "image" for item in items):
         raise DataError("there is nothing to train on: no enabled data set has dataset_type: image" + _listed(shared))
     missing = tuple(item.path for item in items if not item.captions)
-    return Catalog(tuple(entries), tuple(items), (*problems, *shared), missing, (*notes, *_doubles(items)))
+    said = overlay.notes(edited or {}, items)
+    return Catalog(tuple(entries), tuple(items), (*problems, *shared), missing, (*notes, *said, *doubles))
 
 
-def _apart(items: list[Item]) -> tuple[list[Item], list[Problem]]:
-    """The items without those to train on whose very bytes are also held out, under whatever name."""
-    held = {item.pixels: item for item in items if item.dataset.dataset_type == "eval"}
-    kept, shared = list[Item](), list[Problem]()
-    for item in items:
-        if item.dataset.dataset_type == "image" and item.pixels in held:
-            other = held[item.pixels]
-            shared.append(Problem(item.path, f"is also held out, in data set {other.dataset.id!r} as {other.path.name}; not trained on"))
-        else:
-            kept.append(item)
-    return kept, shared
+def _absolute(folder: str, beside: Path) -> str:
+    return folder if not folder or "://" in folder else str((beside / folder).resolve())
 
 
-def _doubles(items: list[Item]) -> list[str]:
-    """A sentence for each picture that stands twice in one data set."""
+def identities(items: Sequence[Item]) -> list[str]:
+    """A text for each item, equal for equal bytes alone, and made by reading as little as possible.
+
+    Files of different lengths differ; two names of one file are one; only what is left over is read.
+    """
+    names = [f"{item.path}" if item.found is None or not item.found.size else f"{item.found.size}" for item in items]
+    alike: dict[str, dict[tuple[int, int] | str, list[int]]] = {}
+    for number, (item, name) in enumerate(zip(items, names, strict=True)):
+        place = item.found.place if item.found else str(item.path)
+        alike.setdefault(name, {}).setdefault(place, []).append(number)
+    for places in alike.values():
+        if len(places) > 1:
+            edges: dict[str, list[list[int]]] = {}
+            for numbers in places.values():
+                edges.setdefault(_edges(items[numbers[0]].path), []).append(numbers)
+            for edge, rows in edges.items():
+                firsts = [items[numbers[0]] for numbers in rows]
+                known = {item.path: item.pixels for item in firsts}
+                if len(rows) > 1:
+                    unread = [item.path for item in firsts if not item.pixels]
+                    known |= {path: pixels or problem for path, pixels, problem in digests(unread)}
+                for numbers in rows:
+                    for number in numbers:
+                        names[number] = f"{names[number]} {known[items[numbers[0]].path] if len(rows) > 1 else edge}"
+    return names
+
+
+def _edges(path: Path, length: int = 1 << 16) -> str:
+    """A digest of both ends of a file."""
+    try:
+        with path.open("rb") as opened:
+            first = opened.read(length)
+            opened.seek(max(0, opened.seek(0, 2) - length))
+            return digest(first, opened.read(length))
+    except OSError as error:
+        return f"{path} {error}"
+
+
+def _apart(items: list[Item], same: list[str]) -> tuple[list[Item], list[Problem], list[str]]:
+    """The items without those to train on whose very bytes are also held out, those as problems, and sentences on doubles."""
+    held = {name: item for item, name in zip(items, same, strict=True) if item.dataset.dataset_type == "eval"}
+    kept, shared, said = list[Item](), list[Problem](), list[str]()
     first: dict[tuple[str, str], Item] = {}
-    said = []
-    for item in items:
-        other = first.setdefault((item.dataset.id, item.pixels), item)
-        if other is not item:
-            said.append(f"{item.path} is the same picture as {other.path.name}; it counts twice")
-    return said
+    for item, name in zip(items, same, strict=True):
+        if item.dataset.dataset_type == "image" and name in held:
+            other = held[name]
+            shared.append(Problem(item.path, f"is also held out, in data set {other.dataset.id!r} as {other.path.name}; not trained on"))
+            continue
+        kept.append(item)
+        before = first.setdefault((item.dataset.id, name), item)
+        if before is not item:
+            said.append(f"{item.path} is the same picture as {before.path.name}; it counts twice")
+    return kept, shared, [*said[:20], f"and {len(said) - 20} more pictures that stand twice"] if len(said) > 21 else said
 
 
-def _of_dataset(dataset: Dataset) -> list[Item | Problem]:
-    """Items and problems of one folder. Raises: DataError when there is not one item."""
-    folder = Path(dataset.instance_data_dir)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"data set {dataset.id!r}: {folder} {what}; correct instance_data_dir")
-    read = captions.reader(dataset, folder)
-    found = [_look(dataset, path, read) for path in sample(dataset, folder, sorted(_pictures(folder)))]
+def _of_dataset(dataset: Dataset, edited: Mapping[str, tuple[str, ...]]) -> list[Item | Problem]:
+    """Items and problems of one data set. Raises: DataError when there is not one item."""
+    where = dataset.instance_data_dir or dataset.dataset_name or ""
+    files = sample(dataset, sources.find(dataset))
+    read = captions.reader(dataset, sources.place(dataset.instance_data_dir))
+    seen = Seen(where)
+    found = list(_looked_at(dataset, files, read, seen, edited))
+    seen.save([file.name for file in files])
     if not any(isinstance(one, Item) for one in found):
         problems = [one for one in found if isinstance(one, Problem)]
         held = f"none of its {len(problems)} pictures can be used:{_listed(problems)}" if problems else "it holds no picture"
-        raise DataError(f"data set {dataset.id!r}: {folder}: {held}" + ("" if problems else f" ({', '.join(sorted(images.SUFFIXES))})"))
+        raise DataError(f"data set {dataset.id!r}: {where}: {held}" + ("" if problems else f" ({', '.join(sorted(images.suffixes()))})"))
     return found
 
 
@@ -140,50 +185,43 @@ def _listed(problems: Sequence[Problem]) -> str:
     return "".join(f"\n  {p.path.name}: {p.reason}" for p in problems[:5])
 
 
-def sample(dataset: Dataset, folder: Path, paths: list[Path]) -> list[Path]:
-    """At most ``max_num_samples`` of the paths: those whose digests of (id, name) are smallest, so that it never depends on order."""
+def sample(dataset: Dataset, files: list[Found]) -> list[Found]:
+    """At most ``max_num_samples`` of them: those whose digests of (id, name) are smallest, so that it never depends on order."""
     most = dataset.max_num_samples
-    if most is None or len(paths) <= most:
-        return paths
-    return sorted(
-        sorted(paths, key=lambda p: digest(dataset.id, p.relative_to(folder).as_posix().encode("utf-8", "surrogateescape")))[:most]
-    )
+    if most is None or len(files) <= most:
+        return files
+    chosen = sorted(files, key=lambda file: digest(dataset.id, file.name.encode("utf-8", "surrogateescape")))[:most]
+    return [file for file in files if file in chosen]
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    """Picture files below a folder, linked folders included, each real folder once; litter is passed over."""
-    seen: set[tuple[int, int]] = set()
-    for name, below, files in os.walk(folder, followlinks=True):
-        mark = os.stat(name)
-        if (mark.st_dev, mark.st_ino) in seen:
-            below.clear()
+def _looked_at(
+    dataset: Dataset, files: list[Found], read: captions.Reader, seen: Seen, edited: Mapping[str, tuple[str, ...]]
+) -> Iterator[Item | Problem]:
+    """An item for each file, or why it cannot be one."""
+    finder = faces.finder() if dataset.crop and dataset.crop_style == "face" else None
+    for file in files:
+        width, height, pixels, focus = seen.get(file) or (0, 0, "", None)
+        try:
+            if not width:
+                width, height = images.size(file.path)
+            reason = unsuitable(dataset, width, height)
+            if not reason and finder and focus is None:
+                focus = finder(file.path)
+            if not reason and dataset.drawn_by_content and not pixels:
+                ((_, pixels, reason),) = digests([file.path])
+        except images.BROKEN as error:
+            yield Problem(file.path, f"not a readable picture ({error})")
             continue
-        seen.add((mark.st_dev, mark.st_ino))
-        below[:] = sorted(d for d in below if not _is_litter(d))
-        for file in files:
-            if Path(file).suffix.lower() in images.SUFFIXES and not _is_litter(file):
-                yield Path(name) / file
-
-
-def _is_litter(name: str) -> bool:
-    return name.startswith(".") or name.lower() in LITTER
-
-
-def _look(dataset: Dataset, path: Path, read: captions.Reader) -> Item | Problem:
-    """An item for a file, or why it cannot be one."""
-    try:
-        width, height = images.size(path)
-    except images.BROKEN as error:
-        return Problem(path, f"not a readable picture ({error})")
-    reason = unsuitable(dataset, width, height)
-    if reason:
-        return Problem(path, reason)
-    try:
-        texts = read(path)
-        pixels = file_digest(path)
-    except (ValueError, OSError) as error:
-        return Problem(path, str(error))
-    return Item(digest(pixels, *texts)[:16], dataset, path, width, height, pixels, texts)
+        seen.put(file, (width, height, pixels, focus))
+        if reason:
+            yield Problem(file.path, reason)
+            continue
+        try:
+            texts = edited[file.name] if file.name in edited else read(file)
+        except (ValueError, OSError) as error:
+            yield Problem(file.path, str(error))
+            continue
+        yield Item(dataset, file.path, width, height, pixels, texts, focus, file)
 
 
 def unsuitable(dataset: Dataset, width: int, height: int) -> str:

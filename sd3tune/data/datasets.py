@@ -48,8 +48,12 @@ class Dataset:
     """One entry of ``datasets.yaml``: a folder of pictures, how they are cut, and where their captions come from."""
 
     id: Annotated[str, Field(description="Name in reports.", min_length=1)]
-    instance_data_dir: Annotated[str, Field(description="Folder; a relative one is looked for beside datasets.yaml.", min_length=1)]
-    type: Annotated[Literal["local"], about("Where the folder is.")] = "local"
+    instance_data_dir: Annotated[
+        str, about("Folder (a relative one is looked for beside datasets.yaml), or an address such as s3://bucket/folder.")
+    ] = ""
+    type: Annotated[
+        Literal["local", "csv", "huggingface"], about("What holds the pictures: a folder or address, a table of addresses, or the hub.")
+    ] = "local"
     dataset_type: Annotated[Literal["image", "eval"], about("To train on, or held out.")] = "image"
     disabled: Annotated[bool, about("Leave this entry out.")] = False
 
@@ -65,7 +69,8 @@ class Dataset:
     ] = "square"
     crop_aspect_buckets: Annotated[tuple[float, ...], about("Shapes (width / height) for closest and random.")] = ()
     crop_style: Annotated[
-        Literal["center", "random", "corner"], about("Where to cut: the middle, anywhere, or the lower right corner.")
+        Literal["center", "random", "corner", "face"],
+        about("Where to cut: the middle, anywhere, the lower right corner, or around the largest face."),
     ] = "center"
     crop_variants: Annotated[int, about("Random cuts of each picture that are encoded; epochs go through them.", low=1, high=100)] = 1
     background: Annotated[str, about("Colour behind transparent pictures: a name or #rrggbb.")] = "white"
@@ -82,7 +87,7 @@ class Dataset:
     maximum_aspect_ratio: Annotated[float, about("Wider pictures (width / height) are left out.", above=0, high=100)] = 4.0
 
     caption_strategy: Annotated[
-        Literal["textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet"], about("Where captions come from.")
+        Literal["textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "huggingface"], about("Where captions come from.")
     ] = "textfile"
     instance_prompt: Annotated[str | None, about("Caption of instanceprompt, and what is put before the others.")] = None
     prepend_instance_prompt: Annotated[bool, about("Put instance_prompt before every caption.")] = False
@@ -95,12 +100,34 @@ class Dataset:
     caption_dropout: Annotated[float | None, about("caption_dropout_probability of this data set.", low=0, high=1)] = None
     csv_file: Annotated[str | None, about("Table for caption_strategy csv.")] = None
     csv_caption_column: Annotated[str, about("Its column of captions.")] = "caption"
+    csv_url_column: Annotated[str, about("Its column of files or addresses, for type csv.")] = "url"
+    dataset_name: Annotated[str | None, about("type huggingface: its name on the hub, or a folder that the datasets library reads.")] = None
+    split: Annotated[str, about("type huggingface: which part.")] = "train"
+    image_column: Annotated[str, about("type huggingface: the column of pictures.")] = "image"
+    caption_column: Annotated[str, about("caption_strategy huggingface: the column of captions.")] = "caption"
     parquet: Annotated[Parquet | None, about("Table for caption_strategy parquet and jsonl.")] = None
 
     repeats: Annotated[int, about("Extra passes in each epoch: 1 shows every picture twice.", low=0, high=10_000)] = 0
     probability: Annotated[float, about("Weight with which batches of this data set come earlier in an epoch.", above=0, high=1e6)] = 1.0
     max_num_samples: Annotated[int | None, about("Use only so many pictures, chosen by their names and the id.", low=1)] = None
     train_batch_size: Annotated[int | None, about("Batch size of this data set.", low=1, high=1024)] = None
+    start_step: Annotated[int, about("Updates of the run after which this data set joins.", low=0, high=10_000_000)] = 0
+    end_step: Annotated[int | None, about("Updates of the run after which it leaves.", low=1, high=10_000_000)] = None
+    start_epoch: Annotated[int, about("First epoch in which it is seen.", low=1, high=10_000_000)] = 1
+    end_epoch: Annotated[int | None, about("Last epoch in which it is seen.", low=1, high=10_000_000)] = None
+    timestep_sampling_offset: Annotated[
+        float, about("Moves this data set's noise levels, before the shift: above 0 noisier. In the unit of the logit.", low=-10, high=10)
+    ] = 0.0
+
+    @property
+    def drawn_by_content(self) -> bool:
+        """Whether cuts are drawn at random, which is a function of the picture's bytes."""
+        return self.crop and (self.crop_style == "random" or self.crop_aspect == "random")
+
+    @property
+    def always(self) -> bool:
+        """Whether it is seen from the first update to the last."""
+        return (self.start_step, self.end_step, self.start_epoch, self.end_epoch) == (0, None, 1, None)
 
 
 def dataset_of(values: Mapping[str, Any]) -> Dataset:
@@ -111,6 +138,20 @@ def dataset_of(values: Mapping[str, Any]) -> Dataset:
 def contradictions(d: Dataset) -> list[str]:
     """What is wrong with keys that are each legal alone, one sentence each."""
     problems = []
+    if d.type != "huggingface" and not d.instance_data_dir and not (d.type == "csv" and d.csv_file):
+        problems.append("instance_data_dir is missing: the folder of its pictures")
+    if d.type == "huggingface" and not (d.dataset_name or d.instance_data_dir):
+        problems.append("type huggingface needs dataset_name, for example bghira/pseudo-camera-10k")
+    if d.type == "csv" and not d.csv_file:
+        problems.append("type csv needs csv_file, the table of files or addresses")
+    if d.caption_strategy == "huggingface" and d.type != "huggingface":
+        problems.append("caption_strategy huggingface needs type huggingface")
+    if d.type == "huggingface" and d.caption_strategy in ("textfile", "csv", "jsonl", "parquet"):
+        problems.append(f"type huggingface has no files for caption_strategy {d.caption_strategy}; write huggingface or instanceprompt")
+    if d.end_step is not None and d.end_step <= d.start_step:
+        problems.append("end_step is not above start_step, so it would never be seen")
+    if d.end_epoch is not None and d.end_epoch < d.start_epoch:
+        problems.append("end_epoch is below start_epoch, so it would never be seen")
     if d.crop and d.crop_aspect in ("closest", "random") and not d.crop_aspect_buckets:
         problems.append(f"crop_aspect {d.crop_aspect} needs crop_aspect_buckets, for example [0.75, 1.0, 1.33]")
     if any(not 0.05 <= shape <= 20 for shape in d.crop_aspect_buckets):

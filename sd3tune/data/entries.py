@@ -19,7 +19,7 @@ UNNECESSARY = {
     "text_embeds": "texts are encoded once for all data sets",
     "image_embeds": "latents are encoded once for all data sets",
     "default": "texts are encoded once for all data sets",
-    "write_batch_size": "every entry is written by itself, whole or not at all",
+    "write_batch_size": "write_batch_size is a setting of the run",
     "vae_batch_size": "vae_batch_size is a setting of the run",
     "text_encoder_batch_size": "text_encoder_batch_size is a setting of the run",
     "skip_file_discovery": "looking is quick and never writes into the folder",
@@ -33,6 +33,8 @@ UNNECESSARY = {
     "aspect_resolution_map": "sizes follow from the shapes alone; `sd3tune plan` shows them",
     "hash_filenames": "entries are named by content",
     "cache_file_suffix": "entries are named by content",
+    "csv_cache_dir": "pictures are read through, and encoded once",
+    "aws_region_name": "s3 addresses are read with the usual environment (AWS_DEFAULT_REGION)",
 }
 """Keys whose job the content-addressed cache has made unnecessary: accepted, and said to be so once."""
 
@@ -49,6 +51,9 @@ REFUSED = {
     "audio": "audio is out of scope",
     "webshart": "webshart data sets are out of scope; unpack them into a folder",
     "grounding": "grounding is out of scope",
+    "aws_access_key_id": "secrets do not belong into this file; s3 addresses are read with the usual environment (AWS_ACCESS_KEY_ID)",
+    "aws_secret_access_key": "secrets do not belong into this file; s3 addresses are read with the usual environment",
+    "aws_endpoint_url": "set it in the usual environment (AWS_ENDPOINT_URL)",
     "ignore_epochs": "use max_train_steps or num_train_epochs in the run's settings",
 }
 """Keys that are never obeyed, with the reason."""
@@ -56,9 +61,6 @@ REFUSED = {
 _LATER = "is not there yet in this version; remove it"
 LATER = (
     "conditioning", "conditioning_data", "conditioning_type", "source_dataset_id", "is_regularisation_data", "is_regularization_data",
-    "timestep_sampling_offset", "start_step", "end_step", "start_epoch", "end_epoch", "dataset_name", "image_column", "caption_column",
-    "split", "csv_url_column", "csv_cache_dir", "aws_bucket_name", "aws_endpoint_url", "aws_data_prefix", "aws_access_key_id",
-    "aws_secret_access_key", "aws_region_name",
 )  # fmt: skip
 """Keys of data sets that this version cannot serve: refused, so that nobody trains on something else."""
 
@@ -68,12 +70,7 @@ VALUES = {
     ("dataset_type", "audio"): "is out of scope",
     ("dataset_type", "caption"): "is out of scope; use caption_strategy",
     ("dataset_type", "conditioning_image_embeds"): "is out of scope",
-    ("type", "aws"): _LATER.replace("remove it", "copy the pictures into a folder"),
-    ("type", "csv"): _LATER.replace("remove it", "copy the pictures into a folder"),
-    ("type", "huggingface"): _LATER.replace("remove it", "copy the pictures into a folder"),
     ("type", "webshart"): "is out of scope; unpack it into a folder",
-    ("caption_strategy", "huggingface"): _LATER.replace("remove it", "write the captions into a table"),
-    ("crop_style", "face"): _LATER.replace("remove it", "use center or random"),
     ("conditioning_type", "mask"): _LATER,
     ("conditioning_type", "segmentation"): _LATER,
 }
@@ -117,6 +114,8 @@ def _entry(rows: Mapping[str, Any], unnecessary: set[str]) -> tuple[Dataset | No
     known = [f.name for f in dataclasses.fields(Dataset)]
     values: dict[str, Any] = {}
     problems: list[str] = []
+    if rows.get("type") == "aws":
+        rows, problems = _of_bucket(rows)
     for given, value in rows.items():
         key = ALIASES.get(given, given)
         if key in REFUSED:
@@ -142,6 +141,15 @@ def _entry(rows: Mapping[str, Any], unnecessary: set[str]) -> tuple[Dataset | No
         wrong = {".".join(map(str, _where(one["loc"]))): one["msg"].removeprefix("Input should be ") for one in error.errors()}
         return None, problems + [f"{leaf}: {wanted}" for leaf, wanted in wrong.items() if leaf.split(".")[0] not in refused]
     return (None, problems) if problems else (made, contradictions(made))
+
+
+def _of_bucket(rows: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """An entry of type aws as one with an s3 address, and what is wrong with it."""
+    bucket, prefix = rows.get("aws_bucket_name"), str(rows.get("aws_data_prefix") or "").strip("/")
+    kept = {key: value for key, value in rows.items() if key not in ("type", "aws_bucket_name", "aws_data_prefix")}
+    if not bucket:
+        return kept, ["aws_bucket_name is missing; or write instance_data_dir: s3://bucket/folder, without type"]
+    return {**kept, "instance_data_dir": f"s3://{bucket}/{prefix}".rstrip("/")}, []
 
 
 def entry_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from sd3tune.config.schema import RunConfig
+from sd3tune.data import wording
 from sd3tune.data.buckets import Bucket, Placement, place
 from sd3tune.data.catalog import Catalog, Problem
 from sd3tune.data.datasets import Dataset
+from sd3tune.data.timeline import Phase, appearances, phases, start_of_epoch
 from sd3tune.errors import DataError
-from sd3tune.shown import Shown, duration
+from sd3tune.shown import Shown
 
 
 class Group(NamedTuple):
@@ -39,7 +41,10 @@ class Plan(Shown):
     cache_dir: str
     vae_batch_size: int
     text_batch_size: int
+    write_batch_size: int = 128
     left_out: tuple[Problem, ...] = ()
+    warnings: tuple[Problem, ...] | None = None
+    """What should be looked at (near-duplicates, blur); ``None`` until the cache builder has looked."""
 
     @cached_property
     def groups(self) -> dict[Group, tuple[Placement, ...]]:
@@ -54,19 +59,38 @@ class Plan(Shown):
         """Placements of each size, most first."""
         return dict(Counter(p.bucket for p in self.train).most_common())
 
+    @property
+    def cuts(self) -> Iterator[Placement]:
+        """Every cut of every picture, to train on and held out."""
+        return (cut for placement in (*self.train, *self.evaluation) for cut in placement.variants)
+
     def batch_size_of(self, dataset: Dataset) -> int:
         """Images of one forward pass of a data set."""
         return dataset.train_batch_size or self.batch_size
 
     @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The stretches of the run with the same data sets."""
+        batches: Counter[str] = Counter()
+        datasets = {rows[0].item.dataset.id: rows[0].item.dataset for rows in self.groups.values()}
+        for group, rows in self.groups.items():
+            batches[group.dataset] += math.ceil(len(rows) / self.batch_size_of(rows[0].item.dataset))
+        return phases(list(datasets.values()), batches, self.accumulation)
+
+    @property
     def batches_per_epoch(self) -> int:
-        """Forward passes of one epoch; the last batch of a group may be short."""
-        return sum(math.ceil(len(rows) / self.batch_size_of(rows[0].item.dataset)) for rows in self.groups.values())
+        """Forward passes of the first epoch; the last batch of a group may be short."""
+        return self.phases[0].length
 
     @property
     def updates_per_epoch(self) -> float:
-        """Updates of one epoch; not always a whole number."""
+        """Updates of the first epoch; not always a whole number."""
         return self.batches_per_epoch / self.accumulation
+
+    @property
+    def appearances(self) -> dict[str, tuple[int, int]]:
+        """Data set -> how often, at least and at most, each placement is seen in the whole run."""
+        return appearances(self.phases, self.steps * self.accumulation)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -81,58 +105,36 @@ class Plan(Shown):
         if not kept:
             raise DataError("no picture is left to train on:\n  " + "\n  ".join(f"{path}: {why}" for path, why in [*broken.items()][:5]))
         held = tuple(p for p in self.evaluation if str(p.item.path) not in broken)
-        problems = tuple(Problem(Path(path), reason) for path, reason in sorted(broken.items()))
+        gone = {str(p.item.path): p.item.path for p in (*self.train, *self.evaluation) if str(p.item.path) in broken}
+        problems = tuple(Problem(gone.get(path, Path(path)), reason) for path, reason in sorted(broken.items()))
         return replace(self, train=kept, evaluation=held, left_out=(*self.left_out, *problems))
+
+    def hashed(self, pixels: Mapping[str, str]) -> Plan:
+        """The plan with the digests of pictures that were not hashed yet, by path. No cut depends on them."""
+        items = {id(i): replace(i, pixels=pixels[str(i.path)]) for i in self.catalog.items if not i.pixels and str(i.path) in pixels}
+        catalog = replace(self.catalog, items=tuple(items.get(id(i), i) for i in self.catalog.items))
+        train, held = (tuple(replace(p, item=items.get(id(p.item), p.item)) for p in rows) for rows in (self.train, self.evaluation))
+        return replace(self, train=train, evaluation=held, catalog=catalog)
+
+    def diff(self, other: Plan) -> str:
+        """What going from this plan to another one encodes anew, and what else changes."""
+        return wording.difference(self, other)
 
     def sentence(self, seconds_per_update: float | None = None) -> str:
         """What the run will do, in one sentence."""
-        pictures = len({p.item.path for p in self.train})
-        times = self.steps / self.updates_per_epoch * len(self.train) / pictures
-        batch = f"batch {self.batch_size}" + (f" x {self.accumulation}" if self.accumulation > 1 else "")
-        text = (
-            f"{pictures} images, {batch}: {_number(self.updates_per_epoch)} updates per epoch, {self.steps:,} updates = "
-            f"each image {_number(times)} times"
-        )
-        return text if seconds_per_update is None else f"{text}, about {duration(self.steps * seconds_per_update)}"
-
-    def __str__(self) -> str:
-        sets = {d.id: d for d in self.catalog.datasets}
-        lines = [
-            self.sentence(),
-            f"held out: {len(self.evaluation)} images; texts to encode: {len(self.texts)}",
-            f"{'data set':16} {'size':10} images  seen per epoch  batches  cut away  enlarged",
-        ]
-        for (name, bucket), rows in self.groups.items():
-            pictures = len({p.item.path for p in rows})
-            size = self.batch_size_of(sets[name])
-            cut = sum(p.cropped for p in rows) / len(rows)
-            most = max(p.geometry.resized[0] / p.item.width for p in rows)
-            lines.append(
-                f"{name[:16]:16} {bucket!s:10} {pictures:6}  {_number(len(rows) / pictures):>14}  {math.ceil(len(rows) / size):7}  "
-                f"{cut:8.1%}  {'to ' + format(most, '.0%') if most > 1 else 'no':>8}"
-            )
-        lines += [f"note: {text}" for text in (*self.catalog.notes, *self.advice())]
-        lines += [f"left out: {p.path}: {p.reason}" for p in self.problems]
-        return "\n".join(lines)
+        return wording.sentence(self, seconds_per_update)
 
     def advice(self) -> list[str]:
         """For each group that does not fill one batch: what to write so that it does."""
-        said = []
-        sets = {d.id: d for d in self.catalog.datasets}
-        for (name, bucket), rows in self.groups.items():
-            size, copies = self.batch_size_of(sets[name]), sets[name].repeats + 1
-            if len(rows) < size:
-                need = math.ceil(size / (len(rows) / copies)) - 1
-                said.append(
-                    f"{name} {bucket}: {len(rows)} of a batch of {size}, trained as one short batch; to change that: "
-                    f"`repeats: {need}`, or `train_batch_size: {len(rows)}`, or `small_bucket: merge`"
-                )
-        return [*said[:3], f"and {len(said) - 3} more sizes with less than a batch"] if len(said) > 4 else said
+        return wording.advice(self)
 
+    def __str__(self) -> str:
+        return wording.describe(self)
 
-def _number(value: float) -> str:
-    """One decimal place where there is something to show, two below one."""
-    return f"{value:,.{2 if value < 1 else 1}f}".removesuffix(".0")
+    def _repr_html_(self) -> str:
+        from sd3tune.data.sheet import page
+
+        return page(self)
 
 
 def plan(catalog: Catalog, config: RunConfig) -> Plan:
@@ -159,16 +161,42 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
         train=tuple(train), evaluation=tuple(evaluation), texts=(), catalog=catalog,
         batch_size=config.data.train_batch_size, accumulation=config.data.gradient_accumulation_steps, steps=0,
         cache_dir=config.run.cache_dir, vae_batch_size=config.data.vae_batch_size, text_batch_size=config.data.text_encoder_batch_size,
-        left_out=tuple(left_out),
+        write_batch_size=config.data.write_batch_size, left_out=tuple(left_out),
     )  # fmt: skip
+    if config.data.allow_dataset_oversubscription:
+        made = oversubscribed(made)
     made = without_small_groups(made, config.data.small_bucket)
     if not made.train:
         raise DataError("no picture is left to train on:\n  " + "\n  ".join(f"{p.path}: {p.reason}" for p in made.problems[:5]))
     texts = {c for p in made.train for c in p.item.captions} | {p.item.caption for p in made.evaluation}
     texts |= {*config.prompts, config.validation.validation_negative_prompt, ""}
-    epochs = config.schedule.num_train_epochs
-    steps = config.max_train_steps or math.ceil((epochs or 1) * made.updates_per_epoch)
-    return replace(made, texts=tuple(sorted(texts)), steps=steps)
+    made = replace(made, texts=tuple(sorted(texts)), steps=config.max_train_steps or 0)
+    if not made.steps:
+        batches = start_of_epoch(made.phases, (config.schedule.num_train_epochs or 1) + 1)
+        made = replace(made, steps=max(1, math.ceil(batches / made.accumulation)))
+    check_phases(made)
+    return made
+
+
+def check_phases(made: Plan) -> None:
+    """Raises: DataError when there are updates for which no data set is there."""
+    empty = next((p for p in made.phases if not p.length), None)
+    if empty is not None and empty.start < made.steps * made.accumulation:
+        raise DataError(
+            f"from update {empty.start // made.accumulation + 1} (epoch {empty.epoch}) on, no data set is seen; widen start_step, "
+            "end_step, start_epoch or end_epoch of one, or lower max_train_steps"
+        )
+
+
+def oversubscribed(made: Plan) -> Plan:
+    """Small groups with more repeats, as many as fill a batch; data sets whose ``repeats`` are set by hand stay as they are."""
+    more: list[Placement] = []
+    for rows in made.groups.values():
+        dataset = rows[0].item.dataset
+        if not dataset.repeats:
+            times = math.ceil(made.batch_size_of(dataset) / len(rows))
+            more += [replace(p, copy=number) for number in range(1, times) for p in rows]
+    return replace(made, train=(*made.train, *more))
 
 
 def without_small_groups(made: Plan, what: str) -> Plan:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sd3tune import playground
-from sd3tune.cache.builder import TextStates
+from sd3tune.cache.states import Moments, TextStates
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ModelError
 from sd3tune.files import digest, file_digest
@@ -65,12 +65,21 @@ def load_transformer(config: RunConfig, device: torch.device) -> Any:
     return transformer.to(device)
 
 
+def vae_dtype(config: RunConfig) -> torch.dtype:
+    """Number format of the autoencoder."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.model.vae_dtype]
+
+
 def load_vae(config: RunConfig, device: torch.device) -> Any:
     """The autoencoder. Raises: ModelError."""
     from diffusers import AutoencoderKL
 
     with _named(model_folder(config) / "vae"):
-        vae = AutoencoderKL.from_pretrained(model_folder(config) / "vae", torch_dtype=compute_dtype(config))
+        vae = AutoencoderKL.from_pretrained(model_folder(config) / "vae", torch_dtype=vae_dtype(config))
+    if config.model.vae_enable_tiling:
+        vae.enable_tiling()
+    if config.model.vae_enable_slicing:
+        vae.enable_slicing()
     return vae.requires_grad_(False).eval().to(device)
 
 
@@ -121,14 +130,17 @@ class EncoderHandle:
 
     @cached_property
     def latent_fingerprint(self) -> str:
-        """Of the autoencoder's files and number format."""
-        return digest(folder_digest(self._folder / "vae"), str(compute_dtype(self._config)))
+        """Of the autoencoder's files, number format, tiling and slicing."""
+        model = self._config.model
+        modes = f"tiling {model.vae_enable_tiling} slicing {model.vae_enable_slicing}"
+        return digest(folder_digest(self._folder / "vae"), str(vae_dtype(self._config)), modes)
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """Of the encoders' and tokenizers' files, the lengths and the number format."""
+        """Of the encoders' and tokenizers' files, the length, the padding and the number format."""
         parts = [folder_digest(self._folder / part) for part in TEXT_PARTS]
-        return digest(*parts, str(self._config.model.tokenizer_max_length), str(compute_dtype(self._config)))
+        model = self._config.model
+        return digest(*parts, str(model.tokenizer_max_length), model.t5_padding, str(compute_dtype(self._config)))
 
     @contextmanager
     def load(self) -> Iterator[LoadedEncoders]:
@@ -161,14 +173,16 @@ class LoadedEncoders:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def encode_images(self, pictures: Sequence[Image]) -> Tensor:
-        """Scaled posterior means B C H W of pictures of one size: (z - shift_factor) * scaling_factor."""
+    def encode_images(self, pictures: Sequence[Image], *, tiled: bool = False) -> Moments:
+        """Scaled posterior of pictures of one size: mean (z - shift_factor) * scaling_factor, deviation * scaling_factor."""
         if self._vae is None:
             self.release()
             self._vae = load_vae(self._config, self._device)
+        if tiled:
+            self._vae.enable_tiling(True)
         pixels_BCHW = pixels(pictures).to(self._device, self._vae.dtype)
-        z_BCHW = self._vae.encode(pixels_BCHW).latent_dist.mode()
-        return (z_BCHW - self._vae.config.shift_factor) * self._vae.config.scaling_factor  # type: ignore[no-any-return]
+        posterior, scale = self._vae.encode(pixels_BCHW).latent_dist, self._vae.config.scaling_factor
+        return Moments((posterior.mean - self._vae.config.shift_factor) * scale, posterior.std * scale)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
@@ -182,7 +196,10 @@ class LoadedEncoders:
             pooled.append(out[0])
             hidden.append(out.hidden_states[-2])
         tokenizer, encoder = self._texts[2]
-        t5_BLD = encoder(self._ids(tokenizer, texts, self._config.model.tokenizer_max_length))[0]
+        ids_BL = self._ids(tokenizer, texts, self._config.model.tokenizer_max_length)
+        t5_BLD = encoder(ids_BL)[0]
+        if self._config.model.t5_padding == "zero":
+            t5_BLD = t5_BLD * (ids_BL != tokenizer.pad_token_id).unsqueeze(-1)
         clip_BLD, pooled_BP = torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
         return [TextStates(*rows) for rows in zip(clip_BLD, t5_BLD, pooled_BP, strict=True)]
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from sd3tune.cache.builder import Cache
+from sd3tune.cache.reading import Cache
 from sd3tune.data.buckets import Placement
 from sd3tune.data.planning import Plan
+from sd3tune.data.timeline import phase_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Batch:
     latent_BCHW: Tensor
     joint_BLD: Tensor
     pooled_BP: Tensor
+    sigma_offset: float = 0.0
+    """What its data set adds to the logit of its noise levels."""
 
 
 def fold(seed: int, *numbers: int) -> int:
@@ -39,14 +42,17 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(fold(seed, *numbers))
 
 
-def epoch_order(plan: Plan, seed: int, epoch: int) -> tuple[tuple[Placement, ...], ...]:
-    """The batches of one epoch: every placement once, each batch of one data set and size, in a random order.
+def epoch_order(plan: Plan, seed: int, epoch: int, datasets: frozenset[str] | None = None) -> tuple[tuple[Placement, ...], ...]:
+    """The batches of one epoch (from 0): every placement of the data sets (all, if left out) once, each batch of one data set
+    and size, in a random order.
 
     A data set's ``probability`` moves its batches forward; which random cut of a picture is used goes round with the epochs.
     """
     rng = random.Random(fold(seed, epoch, 0))
     batches: list[tuple[float, tuple[Placement, ...]]] = []
-    for rows in plan.groups.values():
+    for group, rows in plan.groups.items():
+        if datasets is not None and group.dataset not in datasets:
+            continue
         dataset = rows[0].item.dataset
         shown = [_variant(placement, seed, epoch) for placement in rows]
         rng.shuffle(shown)
@@ -66,15 +72,15 @@ def _variant(placement: Placement, seed: int, epoch: int) -> Placement:
 class Batches:
     """An endless sequence with random access: ``batches[k]`` depends on the plan, the seed and k, and on nothing before it."""
 
-    def __init__(self, cache: Cache, *, seed: int, caption_dropout: float) -> None:
-        self._cache, self._seed, self._dropout = cache, seed, caption_dropout
-        self._length = cache.plan.batches_per_epoch
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: epoch_order(cache.plan, seed, epoch))
+    def __init__(self, cache: Cache, *, seed: int, caption_dropout: float, latent_draw: str = "mean") -> None:
+        self._cache, self._seed, self._dropout, self._sampled = cache, seed, caption_dropout, latent_draw == "sample"
+        self._epoch = lru_cache(maxsize=2)(lambda epoch, datasets: epoch_order(cache.plan, seed, epoch, datasets))
 
     def placements(self, k: int) -> tuple[Placement, ...]:
         """What batch ``k`` holds."""
-        epoch, position = divmod(k, self._length)
-        return self._epoch(epoch)[position]
+        phase = phase_of(self._cache.plan.phases, k)
+        epoch, position = divmod(k - phase.start, phase.length)
+        return self._epoch(phase.epoch - 1 + epoch, phase.datasets)[position]
 
     def dropped(self, k: int) -> tuple[bool, ...]:
         """Which images of batch ``k`` are seen without their caption."""
@@ -93,18 +99,22 @@ class Batches:
 
     def __getitem__(self, k: int) -> Batch:
         """Batch ``k`` from the cache. Raises: CacheError."""
-        return load(self._cache, list(zip(self.placements(k), self.captions(k), strict=True)))
+        batch = load(self._cache, list(zip(self.placements(k), self.captions(k), strict=True)))
+        if not self._sampled:
+            return batch
+        deviation_BCHW = torch.stack([self._cache.moments(placement)[1] for placement in self.placements(k)])
+        drawn_BCHW = noise(batch.latent_BCHW.shape, seed=self._seed, k=k, purpose=7).to(deviation_BCHW.dtype)
+        return replace(batch, latent_BCHW=batch.latent_BCHW + deviation_BCHW * drawn_BCHW)
 
 
 def load(cache: Cache, rows: list[tuple[Placement, str]]) -> Batch:
     """A batch of given placements (of one bucket) under given captions. Raises: CacheError."""
-    texts = [cache.text(caption) for _, caption in rows]
-    return Batch(
-        tuple(placement.item.id for placement, _ in rows), torch.stack([cache.latent(placement) for placement, _ in rows]),
-        torch.stack([text.joint_LD for text in texts]), torch.stack([text.pooled_P for text in texts]),
-    )  # fmt: skip
+    joint_BLD, pooled_BP = cache.texts([caption for _, caption in rows])
+    latent_BCHW = torch.stack([cache.latent(placement) for placement, _ in rows])
+    ids = tuple(placement.item.id for placement, _ in rows)
+    return Batch(ids, latent_BCHW, joint_BLD, pooled_BP, rows[0][0].item.dataset.timestep_sampling_offset)
 
 
-def noise(shape: torch.Size, *, seed: int, k: int) -> Tensor:
+def noise(shape: torch.Size, *, seed: int, k: int, purpose: int = 2) -> Tensor:
     """Noise B C H W of batch ``k``, drawn image by image on the CPU, so that splitting a batch does not change it."""
-    return torch.stack([torch.randn(shape[1:], generator=generator(seed, k, 2, place)) for place in range(shape[0])])
+    return torch.stack([torch.randn(shape[1:], generator=generator(seed, k, purpose, place)) for place in range(shape[0])])

@@ -120,8 +120,9 @@ class Engine:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
         rules, batch = self.rules, self.batches[k]
         sigma_B = sigmas.draw(
-            len(batch.ids), scale=rules.sigmoid_scale, factor=rules.shift, stratified=rules.stratified, rng=generator(rules.seed, k, 4)
-        )
+            len(batch.ids), scale=rules.sigmoid_scale, factor=rules.shift, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
+            offset=batch.sigma_offset,
+        )  # fmt: skip
         noise_BCHW = noise(batch.latent_BCHW.shape, seed=rules.seed, k=k)
         loss_B = flow.loss(
             self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),

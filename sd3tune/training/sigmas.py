@@ -19,12 +19,12 @@ def shift(sigma: Tensor, factor: float) -> Tensor:
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
-def logit_normal(quantile: Tensor, scale: float) -> Tensor:
-    """The noise level below which a share ``quantile`` of a logit-normal of spread ``scale`` lies."""
-    return torch.sigmoid(scale * torch.special.ndtri(quantile))
+def logit_normal(quantile: Tensor, scale: float, offset: float = 0.0) -> Tensor:
+    """The noise level below which a share ``quantile`` of a logit-normal of middle ``offset`` and spread ``scale`` lies."""
+    return torch.sigmoid(offset + scale * torch.special.ndtri(quantile))
 
 
-def draw(count: int, *, scale: float, factor: float, stratified: bool, rng: torch.Generator) -> Tensor:
+def draw(count: int, *, scale: float, factor: float, stratified: bool, rng: torch.Generator, offset: float = 0.0) -> Tensor:
     """Draw ``count`` training noise levels: logit-normal, then shifted.
 
     Stratified, the unit interval is split into ``count`` parts and each image takes one, so that even a batch of two
@@ -35,7 +35,7 @@ def draw(count: int, *, scale: float, factor: float, stratified: bool, rng: torc
     quantile_B = torch.rand(count, generator=rng, dtype=torch.float64)
     if stratified:
         quantile_B = (torch.randperm(count, generator=rng) + quantile_B) / count
-    return shift(logit_normal(quantile_B.clamp(1e-6, 1 - 1e-6), scale), factor).float()
+    return shift(logit_normal(quantile_B.clamp(1e-6, 1 - 1e-6), scale, offset), factor).float()
 
 
 def ladder(count: int, *, scale: float, factor: float) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sd3tune.cache.builder import Cache
+from sd3tune.cache.reading import Cache
 from sd3tune.data.buckets import Bucket, Placement
 from sd3tune.records import EvalRecord
 from sd3tune.training import flow

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sd3tune.cache.builder import Text
+from sd3tune.cache.states import Text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

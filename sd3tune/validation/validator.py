@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.cache.builder import Cache, cut
+from sd3tune.cache.decoding import cut
+from sd3tune.cache.reading import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.files import make_folder, write_text, write_with
 from sd3tune.models import components

@@ -1,0 +1,80 @@
+"""The encoded plan: ask by placement or by text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd3tune.cache.keys import latent_key, text_key
+from sd3tune.cache.states import Encoders, Text, TextStates, joined
+from sd3tune.cache.store import Store
+from sd3tune.data.buckets import Placement
+from sd3tune.data.planning import Plan
+from sd3tune.shown import Shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Coverage(Shown):
+    """How much of a plan is encoded already. ``unknown`` cuts are of pictures that were not hashed yet."""
+
+    def __init__(self, rows: Sequence[tuple[str, int, int]], unknown: int) -> None:
+        self.rows, self.unknown = tuple(rows), unknown
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to encode."""
+        return not self.unknown and all(there == needed for _, there, needed in self.rows)
+
+    def __str__(self) -> str:
+        said = [f"{there:,} of {needed:,} {kind}" for kind, there, needed in self.rows]
+        more = f"; {self.unknown:,} of the others are not hashed yet" if self.unknown else ""
+        return f"already encoded: {', '.join(said)}{more}"
+
+
+class Cache:
+    """The encoded plan. Values are views of the files: copy from them, never write to them."""
+
+    def __init__(self, plan: Plan, encoders: Encoders, *, store: Store | None = None, hits: int = 0, misses: int = 0) -> None:
+        self.plan, self.hits, self.misses = plan, hits, misses
+        self._store = store or Store(Path(plan.cache_dir))
+        self._latent_mark, self._text_mark = encoders.latent_fingerprint, encoders.text_fingerprint
+
+    def latent(self, placement: Placement) -> Tensor:
+        """Scaled posterior mean C H W. Raises: CacheError."""
+        return self.moments(placement)[0]
+
+    def moments(self, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Scaled posterior mean and deviation, each C H W. Raises: CacheError."""
+        mean, deviation = self._store.read("latents", self.latent_key(placement), ("mean_CHW", "deviation_CHW"))
+        return mean, deviation
+
+    def text(self, text: str) -> Text:
+        """Joint states L D and pooled P of a text. Raises: CacheError."""
+        joint_BLD, pooled_BP = self.texts([text])
+        return Text(joint_BLD[0], pooled_BP[0])
+
+    def states(self, text: str) -> TextStates:
+        """The stored states of a text. Raises: CacheError."""
+        return TextStates(*self._store.read("texts", text_key(text, self._text_mark), TextStates._fields))
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Joint states B L D and pooled B P of several texts. Raises: CacheError."""
+        return joined([self.states(text) for text in texts])
+
+    def latent_key(self, placement: Placement) -> str:
+        """The key of a cut picture; the empty text while the picture is not hashed."""
+        return latent_key(placement.item.pixels, placement.geometry, self._latent_mark, placement.item.dataset.background)
+
+    def coverage(self, plan: Plan | None = None) -> Coverage:
+        """How much of a plan (its own, if none is given) is encoded with these encoders."""
+        plan = plan or self.plan
+        cuts = {(cut.item.path, cut.geometry): self.latent_key(cut) for cut in plan.cuts}
+        texts = [text_key(text, self._text_mark) for text in plan.texts]
+        latents = set(cuts.values()) - {""}
+        unknown = sum(not key for key in cuts.values())
+        there = sum(self._store.has("latents", key) for key in latents)
+        rows = [("latents", there, len(latents) + unknown), ("texts", sum(self._store.has("texts", key) for key in texts), len(texts))]
+        return Coverage(rows, unknown)

@@ -1,0 +1,74 @@
+"""What encoders give, and what the cache asks of them.
+
+Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class Text(NamedTuple):
+    """What the transformer reads of one text."""
+
+    joint_LD: Tensor
+    pooled_P: Tensor
+
+
+class TextStates(NamedTuple):
+    """What is stored of one text: D of CLIP is not padded yet."""
+
+    clip_LD: Tensor
+    t5_LD: Tensor
+    pooled_P: Tensor
+
+
+def joined(rows: Sequence[TextStates]) -> tuple[Tensor, Tensor]:
+    """Joint states B L D and pooled B P: CLIP padded with zeros to T5's width, then T5. Each value is copied once."""
+    import torch
+
+    first = rows[0]
+    length, (after, width) = first.clip_LD.shape[0], first.t5_LD.shape
+    joint_BLD = torch.zeros((len(rows), length + after, width), dtype=first.t5_LD.dtype)
+    for place, row in enumerate(rows):
+        joint_BLD[place, :length, : row.clip_LD.shape[1]] = row.clip_LD
+        joint_BLD[place, length:] = row.t5_LD
+    return joint_BLD, torch.stack([row.pooled_P for row in rows])
+
+
+class Moments(NamedTuple):
+    """The autoencoder's posterior of pictures, scaled as the transformer sees latents."""
+
+    mean_BCHW: Tensor
+    deviation_BCHW: Tensor
+
+
+class LoadedEncoders(Protocol):
+    """Encoders in memory."""
+
+    def encode_images(self, pictures: Sequence[Image], *, tiled: bool = False) -> Moments:
+        """The posterior of pictures of one size; ``tiled`` needs less memory."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
+        """The states of each text."""
+
+
+class Encoders(Protocol):
+    """What the cache needs of the models: an identity without loading, and a scope in which they are loaded."""
+
+    @property
+    def latent_fingerprint(self) -> str:
+        """Changes when the same picture would give another latent."""
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Changes when the same text would give other states."""
+
+    def load(self) -> AbstractContextManager[LoadedEncoders]:
+        """Encoders for the duration of the block."""

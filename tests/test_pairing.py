@@ -1,0 +1,83 @@
+"""A picture and its caption never part: pictures whose latents hold their own number, captions that do, too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+READER = """
+import json, sys
+from collections.abc import Sequence
+from contextlib import contextmanager
+import numpy as np, torch
+import sd3tune as st
+from sd3tune.cache.states import Moments, TextStates
+from sd3tune.training.batches import Batches
+
+class Numbers:
+    latent_fingerprint = text_fingerprint = "numbers"
+    @contextmanager
+    def load(self):
+        yield self
+    def encode_images(self, pictures, *, tiled=False):
+        mean = torch.tensor([float(np.asarray(p)[..., 0].mean()) for p in pictures])[:, None, None, None].expand(-1, 1, 2, 2)
+        return Moments(mean, torch.zeros_like(mean))
+    def encode_texts(self, texts):
+        values = [float(t.split()[-1]) if t else -1.0 for t in texts]
+        return [TextStates(torch.full((2, 3), v), torch.full((4, 3), v), torch.full((3,), v)) for v in values]
+
+datasets, cache_dir, start, stop, step, sampled = sys.argv[1:7]
+config = st.presets.playground(cache_dir=cache_dir, validation_prompt=(), train_batch_size=3)
+cache = st.CacheBuilder(st.plan(st.discover(datasets), config), Numbers()).build()
+batches = Batches(cache, seed=5, caption_dropout=0.3, latent_draw=sampled)
+for k in range(int(start), int(stop), int(step)):
+    b, rows = batches[k], batches.placements(k)
+    assert len(b.ids) == len(rows)
+    for place, row in enumerate(rows):
+        said = {*b.joint_BLD[place].flatten().tolist(), *b.pooled_BP[place].tolist()}
+        print(json.dumps([k, row.item.path.name, row.mirrored, round(b.latent_BCHW[place].mean().item(), 3), sorted(said)]))
+"""
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> Path:
+    """Forty pictures of five shapes in two data sets, with repeats, mirroring and several captions."""
+    for n in range(40):
+        folder = tmp_path / ("one" if n % 3 else "two")
+        folder.mkdir(exist_ok=True)
+        size = [(64, 64), (80, 48), (48, 80), (96, 64), (64, 96)][n % 5]
+        Image.fromarray(np.full((size[1], size[0], 3), 5 * n + 10, np.uint8)).save(folder / f"{n * 7919 % 1000}.png")
+        (folder / f"{n * 7919 % 1000}.txt").write_text("\n".join(f"line {line} of {5 * n + 10}" for line in range(1 + n % 3)))
+    (tmp_path / "datasets.yaml").write_text(
+        "- {id: one, instance_data_dir: one, resolution: 64, repeats: 1}\n"
+        "- {id: two, instance_data_dir: two, resolution: 64, flip: horizontal, probability: 3, train_batch_size: 2}\n"
+    )
+    return tmp_path / "datasets.yaml"
+
+
+def read(datasets: Path, start: int, stop: int, step: int = 1, draw: str = "mean") -> list[str]:
+    command = [sys.executable, "-c", READER, str(datasets), str(datasets.parent / "cache"), *map(str, (start, stop, step)), draw]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_picture_and_caption_never_part(datasets: Path) -> None:
+    """Over two epochs with repeats, mirroring, dropout, a resumed reader and two readers that share the work."""
+    whole = read(datasets, 0, 70)
+    seen: Counter[bool] = Counter()
+    for line in whole:
+        _, name, _, latent, said = eval(line.replace("true", "True").replace("false", "False"))
+        number = next(n for n in range(40) if name == f"{n * 7919 % 1000}.png")
+        assert latent == 5 * number + 10, line
+        assert said in ([float(latent)], [-1.0]), line
+        seen[said == [-1.0]] += 1
+    assert 0.2 < seen[True] / sum(seen.values()) < 0.4
+    assert read(datasets, 31, 70) == [line for line in whole if int(line[1:].split(",")[0]) >= 31], "a resumed reader goes on"
+    parts = [read(datasets, rank, 70, 2) for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole), "two readers see what one sees"
+    assert read(datasets, 0, 70, 1, "sample") == whole, "with no deviation, a draw is the mean"

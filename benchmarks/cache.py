@@ -1,7 +1,7 @@
 """What the cache builder costs beyond the work itself, by process time, both arms in turn.
 
 decode: pictures of 12 megapixels to 1024 px with an encoder that does nothing, against a bare loop of open, draft, load, resize, crop.
-encode: the playground's autoencoder on its own pictures, against a bare loop of encode calls.
+encode: the playground's autoencoder on its own 64 px pictures and on JPEGs of 512 px, against a bare loop of encode calls.
 read:   latents and texts of real size copied into a batch, against a bare copy of the same bytes, and against torch.load of one file each.
 python benchmarks/cache.py [--pictures 24] [--rounds 3]
 """
@@ -25,8 +25,9 @@ from PIL import Image, ImageOps
 
 import sd3tune as st
 from sd3tune import playground
-from sd3tune.cache.builder import TextStates, cut
-from sd3tune.cache.store import Store
+from sd3tune.cache.decoding import cut
+from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.store import Entry, Store
 from sd3tune.data import Dataset
 from sd3tune.data.catalog import from_datasets
 from sd3tune.data.images import DRAFT
@@ -41,8 +42,8 @@ class NoEncoders:
     def load(self) -> Iterator[NoEncoders]:
         yield self
 
-    def encode_images(self, pictures: Sequence[Any]) -> torch.Tensor:
-        return torch.zeros(len(pictures), 16, 4, 4)
+    def encode_images(self, pictures: Sequence[Any], *, tiled: bool = False) -> Moments:
+        return Moments(torch.zeros(len(pictures), 16, 4, 4), torch.zeros(len(pictures), 16, 4, 4))
 
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
         return [TextStates(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2)) for _ in texts]
@@ -58,18 +59,20 @@ def photograph(seed: int, width: int = 4000, height: int = 3000) -> Image.Image:
     return Image.fromarray(np.uint8(np.clip(rgb, 0, 255)).transpose(1, 2, 0))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Process time of a call."""
-    started = time.process_time()
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Time of a call."""
+    started = clock()
     work()
-    return time.process_time() - started
+    return clock() - started
 
 
-def compare(ours: Callable[[int], object], bare: Callable[[int], object], rounds: int) -> dict[str, float]:
-    """Median of the ratios of process times, arms in turn, after one round that does not count."""
+def compare(
+    ours: Callable[[int], object], bare: Callable[[int], object], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
+    """Median of the ratios of times, arms in turn, after one round that does not count."""
     rows = []
     for number in range(rounds + 1):
-        pair = seconds(lambda number=number: ours(number)), seconds(lambda number=number: bare(number))  # type: ignore[misc]
+        pair = tuple(seconds(lambda work=work, number=number: work(number), clock) for work in (ours, bare))  # type: ignore[misc]
         rows.append(pair)
     ratios = sorted(a / b for a, b in rows[1:])
     return {
@@ -105,10 +108,16 @@ def decode(folder: Path, pictures: int, rounds: int) -> dict[str, float]:
     return compare(ours, bare, rounds)
 
 
-def encode(folder: Path, rounds: int) -> dict[str, float]:
-    """The builder with the playground's autoencoder against its encode calls alone."""
+def encode(folder: Path, rounds: int, side: int) -> dict[str, Any]:
+    """The builder with the playground's autoencoder against its encode calls alone: 64 px of the package's, or generated JPEGs."""
     config = st.presets.playground(validation_prompt=())
-    catalog = from_datasets([Dataset(id="train", instance_data_dir=str(playground.PICTURES / "train"), resolution=64)])
+    source = playground.PICTURES / "train"
+    if side > 64:
+        source = folder / "in"
+        source.mkdir()
+        for n in range(16):
+            photograph(n, side, side).save(source / f"{n}.jpg", quality=90)
+    catalog = from_datasets([Dataset(id="train", instance_data_dir=str(source), resolution=side, caption_strategy="filename")])
     made = st.plan(catalog, config.replace(cache_dir=str(folder / "e")))
     groups = [list(made.train)[i : i + 4] for i in range(0, len(made.train), 4)]
     groups = [g for g in groups if len({p.bucket for p in g}) == 1]
@@ -128,21 +137,25 @@ def encode(folder: Path, rounds: int) -> dict[str, float]:
             encode_texts = staticmethod(NoEncoders().encode_texts)
 
         def ours(number: int) -> None:
-            again = st.plan(catalog, config.replace(cache_dir=str(folder / f"e{number}")))
+            again = st.plan(catalog, config.replace(cache_dir=str(folder / f"e{time.monotonic_ns()}")))
             st.CacheBuilder(replace(again, train=flat), Held()).build()
 
         def bare(number: int) -> None:
             for group in pictures:
                 loaded.encode_images(group)
 
-        return compare(ours, bare, rounds)
+        return {
+            "side": side,
+            "process time": compare(ours, bare, rounds),
+            "wall clock": compare(ours, bare, rounds, clock=time.perf_counter),
+        }
 
 
 def read(folder: Path, rounds: int, entries: int = 48) -> dict[str, dict[str, float]]:
     """Our entries, and one ``.pt`` file each, against a copy of the same bytes."""
     store = Store(folder / "read")
     values = {
-        "latents": {"latent_CHW": torch.randn(16, 128, 128, dtype=torch.bfloat16)},
+        "latents": {"mean_CHW": torch.randn(16, 128, 128, dtype=torch.bfloat16)},
         "texts": {
             "clip_LD": torch.randn(77, 2048).bfloat16(), "t5_LD": torch.randn(154, 4096).bfloat16(),
             "pooled_P": torch.randn(2048).bfloat16(),
@@ -153,12 +166,14 @@ def read(folder: Path, rounds: int, entries: int = 48) -> dict[str, dict[str, fl
         held = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(entries)]
         batch = {name: torch.empty((entries, *tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()}
         for n in range(entries):
-            store.write(kind, f"{n:064x}", held[n], 1)
             torch.save(held[n], folder / f"{kind}{n}.pt")
+        store.write(kind, [Entry(f"{n:064x}", held[n], 1) for n in range(entries)])
 
-        def ours(_: int, kind: str = kind, batch: Any = batch) -> None:
-            for n in range(entries):
-                for name, tensor in zip(batch, store.read(kind, f"{n:064x}", tuple(batch)), strict=True):
+        keys, names = [f"{n:064x}" for n in range(entries)], tuple(tensors)
+
+        def ours(_: int, kind: str = kind, batch: Any = batch, keys: Any = keys, names: Any = names) -> None:
+            for n, key in enumerate(keys):
+                for name, tensor in zip(names, store.read(kind, key, names), strict=True):
                     batch[name][n].copy_(tensor)
 
         def files(_: int, kind: str = kind, batch: Any = batch) -> None:
@@ -172,9 +187,9 @@ def read(folder: Path, rounds: int, entries: int = 48) -> dict[str, dict[str, fl
                 for name in batch:
                     batch[name][n].copy_(held[n][name])
 
-        size = store.path(kind, f"{0:064x}").stat().st_size
+        size = sum(shard.stamp.size for shard in store.shards(kind)) / entries
         found[kind] = {
-            **compare(ours, bare, 4 * rounds),
+            **compare(*(lambda number, work=work: [work(number) for _ in range(20)] for work in (ours, bare)), 4 * rounds),  # type: ignore[misc]
             "pt_ratio": compare(files, bare, 4 * rounds)["ratio"],
             "entry_MB": round(size / 1e6, 3),
         }
@@ -188,7 +203,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name, work in {
-        "read": lambda folder: read(folder, options.rounds), "encode": lambda folder: encode(folder, options.rounds),
+        "read": lambda folder: read(folder, options.rounds),
+        "encode 64 px": lambda folder: encode(folder, options.rounds, 64),
+        "encode 512 px": lambda folder: encode(folder, options.rounds, 512),
         "decode": lambda folder: decode(folder, options.pictures, options.rounds),
     }.items():  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:

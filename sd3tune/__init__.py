@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sd3tune.cache import Cache, CacheBuilder
     from sd3tune.config import RunConfig, check, presets
     from sd3tune.data import Catalog, Plan, discover, plan
+    from sd3tune.data.download import download_dataset
     from sd3tune.data.simpletuner import from_simpletuner
     from sd3tune.errors import (
         CacheError,
@@ -33,13 +34,13 @@ _HOMES = {
     "CheckpointError": "errors", "ConfigError": "errors", "DataError": "errors", "FileError": "errors", "ModelError": "errors",
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.components", "plan": "data",
-    "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
+    "download_dataset": "data.download", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
-    "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "encoders",
-    "from_simpletuner", "plan", "presets", "runs",
+    "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "download_dataset",
+    "encoders", "from_simpletuner", "plan", "presets", "runs",
 ]  # fmt: skip
 
 

@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--cache", metavar="FOLDER", help="the cache folder; that of the run's settings when left out")
     kept.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
     kept.add_argument("--yes", action="store_true", help="prune: really delete what was shown")
+    data = verb("data", _data, "download a data set of the hub, or caption a folder of pictures with a model")
+    data.add_argument("what", choices=("download", "caption"))
+    data.add_argument("name", nargs="?", help="download: owner/name on the hub (that of SimpleTuner's guide); caption: the folder")
+    data.add_argument("--to", metavar="DIR", help="download: where to (datasets/NAME)")
+    data.add_argument("--model", help="caption: an image-to-text model of the hub, or its folder")
+    data.add_argument("--prompt", default="", help="caption: what to ask a model that takes a question")
+    data.add_argument("--out", metavar="FILE", help="caption: the file to write (FOLDER.captions.jsonl beside the folder)")
     listed = verb("runs", _runs, "list the runs of a folder")
     listed.add_argument("folder", nargs="?", default="runs")
     known = verb("settings", _settings, "list settings, with their meaning and default")
@@ -163,6 +170,29 @@ def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
 
     builder = st.CacheBuilder(plan, st.encoders(config))
     return builder.cache(list(building(builder)))
+
+
+def _data(options: argparse.Namespace) -> None:
+    from sd3tune.data.download import GUIDE
+
+    if options.what == "download":
+        folder = st.download_dataset(options.name or GUIDE, options.to)
+        print(f"fetched into {folder.absolute()}; name it as instance_data_dir in datasets.yaml")
+        return
+    from tqdm import tqdm
+
+    from sd3tune.models.captioning import captions_of, save
+
+    if not options.name or not options.model:
+        raise ConfigError(["caption needs a folder and --model, for example --model Salesforce/blip-image-captioning-base"], "sd3tune data")
+    folder = Path(options.name)
+    out = Path(options.out) if options.out else folder.absolute().with_name(f"{folder.absolute().name}.captions.jsonl")
+    rows = list(tqdm(captions_of(folder, options.model, prompt=options.prompt), desc="captioning", unit="picture"))
+    save(rows, out)
+    for row in rows:
+        if row.problem:
+            print(f"left out: {row.file_name}: {row.problem}")
+    print(f"{out}: read and correct it, then write in datasets.yaml\n  caption_strategy: jsonl\n  parquet: {{path: {out}}}")
 
 
 def _import(options: argparse.Namespace) -> None:

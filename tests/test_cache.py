@@ -8,8 +8,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip, lose, stored
+from fakes import Fake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,40 +27,13 @@ import sd3tune as st3
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.cache.decoding import cut
 from sd3tune.cache.keys import latent_key, text_key
-from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.states import Moments
 from sd3tune.cache.store import Store
 from sd3tune.config import presets
 from sd3tune.data.buckets import Bucket, Geometry
 from sd3tune.data.planning import Plan
 from sd3tune.errors import CacheError, DataError, FileError
 from sd3tune.records import CacheRecord
-
-
-class Fake:
-    """Encoders that are functions of pixels, characters and of everything encoded together, and that count what they do."""
-
-    def __init__(self, mark: str = "1") -> None:
-        self.latent_fingerprint, self.text_fingerprint = f"vae {mark}", f"text {mark}"
-        self.loads = 0
-        self.pictures: list[int] = []
-        self.texts: list[tuple[str, ...]] = []
-
-    @contextmanager
-    def load(self) -> Iterator[Fake]:
-        self.loads += 1
-        yield self
-
-    def encode_images(self, pictures: Sequence[Image.Image], *, tiled: bool = False) -> Moments:
-        self.pictures.append(len(pictures))
-        pixels = torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) for p in pictures])
-        z = pixels[:, ::8, ::8].permute(0, 3, 1, 2).contiguous() / 255
-        return Moments(z + z.mean() * 1e-3, z * 0.01 + 0.5)
-
-    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        self.texts.append(tuple(texts))
-        group = float(sum(map(len, texts))) * 1e-3
-        values = [float(int(hashlib.sha256(t.encode()).hexdigest()[:4], 16)) for t in texts]
-        return [TextStates(torch.full((2, 3), v + group), torch.full((4, 5), -v), torch.full((6,), v)) for v in values]
 
 
 class Unloadable(Fake):

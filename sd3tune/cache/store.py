@@ -64,7 +64,7 @@ class Shard:
     """One file, opened: its header read, its values mapped when first asked for. Raises: OSError, ValueError when it is no shard."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stamp = path, Stamp.of(path)
+        self.path, self.stamp, self._name = path, Stamp.of(path), str(path)
         with path.open("rb") as opened:
             self._start = 8 + int.from_bytes(opened.read(8), "little")
             if not 8 < self._start <= self.stamp.size:
@@ -85,19 +85,28 @@ class Shard:
         self._bytes: Tensor | None = None
         self._checked: dict[str, Entry] = {}
 
+    def changed(self) -> bool:
+        """Whether the file was written again or taken away since it was opened."""
+        try:
+            found = os.stat(self._name)
+        except OSError:
+            return True
+        return (found.st_ino, found.st_size, found.st_mtime_ns) != self.stamp
+
     def size(self, key: str) -> int:
         """Bytes of an entry's values."""
         return sum(end - begin for _, _, begin, end in self._where[key].values())
 
     def entry(self, key: str) -> Entry:
         """The entry, its tensors being views of the memory map. Raises: ValueError when it is damaged."""
-        if key not in self._checked:
+        known = self._checked.get(key)
+        if known is None:
             group, checksum, facts = self.about[key]
-            found = Entry(key, {name: self._view(*row) for name, row in self._where[key].items()}, group, facts)
-            if found.checksum != checksum:
+            known = Entry(key, {name: self._view(*row) for name, row in self._where[key].items()}, group, facts)
+            if known.checksum != checksum:
                 raise ValueError("its values are not those that were written")
-            self._checked[key] = found
-        return self._checked[key]
+            self._checked[key] = known
+        return known
 
     def _view(self, dtype: str, shape: list[int], begin: int, end: int) -> Tensor:
         import torch
@@ -191,7 +200,7 @@ class Store:
 
     def entry(self, kind: str, key: str) -> Entry:
         """An entry, its tensors being views that no one may write to. Raises: CacheError when it is missing or damaged."""
-        if any(_changed(shard) for shard in self._places[kind].get(key, ())) or key not in self._places[kind]:
+        if not (shards := self._places[kind].get(key)) or any(shard.changed() for shard in shards):
             self.refresh()
         problem = f"{self.root / kind}: {key} is not encoded yet; iterate the CacheBuilder to its end"
         for shard in self._places[kind].get(key, ()):
@@ -235,10 +244,3 @@ class Store:
                     shard.path.unlink(missing_ok=True)
         self.refresh()
         return before - sum(shard.stamp.size for kind in KINDS for shard in self.shards(kind))
-
-
-def _changed(shard: Shard) -> bool:
-    try:
-        return shard.stamp != Stamp.of(shard.path)
-    except OSError:
-        return True

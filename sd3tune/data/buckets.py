@@ -122,7 +122,6 @@ def choices(item: Item, alignment: int) -> list[Bucket]:
 def place(item: Item, alignment: int) -> list[Placement] | Problem:
     """The item's appearances in one epoch, or why it has none. Raises: DataError for a resolution that is too small."""
     dataset, limit = item.dataset, item.dataset.max_upscale_threshold
-    side = min(bucket_of(dataset, 1, alignment))
     if dataset.resolution_type != "area" and dataset.resolution < alignment:
         raise DataError(
             f"data set {dataset.id!r}: resolution {dataset.resolution:g} px is below aspect_bucket_alignment ({alignment} px); raise "
@@ -130,6 +129,7 @@ def place(item: Item, alignment: int) -> list[Placement] | Problem:
         )
     allowed = [b for b in choices(item, alignment) if limit is None or enlargement(item.width, item.height, b) <= 1 + limit]
     if not allowed:
+        side = min(bucket_of(dataset, 1, alignment))
         return Problem(
             item.path, f"{item.width}x{item.height} px would be enlarged by more than max_upscale_threshold ({limit:.0%}) for {side} px"
         )

@@ -200,7 +200,7 @@ def _looked_at(
     """An item for each file, or why it cannot be one."""
     finder = faces.finder() if dataset.crop and dataset.crop_style == "face" else None
     for file in files:
-        width, height, pixels, focus = seen.get(file) or (0, 0, "", None)
+        width, height, pixels, focus = known = seen.get(file) or (0, 0, "", None)
         try:
             if not width:
                 width, height = images.size(file.path)
@@ -212,7 +212,8 @@ def _looked_at(
         except images.BROKEN as error:
             yield Problem(file.path, f"not a readable picture ({error})")
             continue
-        seen.put(file, (width, height, pixels, focus))
+        if (width, height, pixels, focus) != known:
+            seen.put(file, (width, height, pixels, focus))
         if reason:
             yield Problem(file.path, reason)
             continue

@@ -100,7 +100,7 @@ def find(dataset: Dataset) -> list[Found]:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise DataError(f"data set {dataset.id!r}: {folder} {what}; correct instance_data_dir")
-    return sorted(_of_folder(folder), key=lambda found: found.path)
+    return sorted(_of_folder(folder), key=lambda found: found.name.split(os.sep))
 
 
 def _of_folder(folder: Path) -> Iterator[Found]:

@@ -57,7 +57,7 @@ class Manifest(Shown):
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
             *(f"refused   {path}: {reason}" for path, reason in self.refused),
-            *(f'truncated "{caption}"' for caption in self.captions_truncated),
+            *(f"truncated {said}" for said in self.captions_truncated),
         ]
         return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
 from sd3tune.models import adapters, components
 from sd3tune.models.lora_files import save_lora
+from sd3tune.models.tokens import truncated
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, SegmentRecord, StepRecord
 from sd3tune.run_folder import History, RunFolder, log_level, open_log
 from sd3tune.training.batches import Batches
@@ -58,9 +59,9 @@ class Trainer:
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(velocity, weights, batches, rules_of(config, cache.plan))
         self._validator = Validator(self.transformer, cache, self.device)
-        truncated = tuple(components.truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
+        cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(
-            cache, self.transformer, weights, truncated=truncated, seconds_per_update=self.engine.seconds_per_update()
+            cache, self.transformer, weights, truncated=cut_off, seconds_per_update=self.engine.seconds_per_update()
         )
         self.folder = folder or RunFolder.create(Path(config.run.output_dir).absolute())
         self._log = open_log(self.folder)

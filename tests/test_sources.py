@@ -261,7 +261,6 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("blip")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = BlipConfig(
@@ -271,9 +270,9 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     model = BlipForConditionalGeneration(config)
     with torch.no_grad():
-        model.text_decoder.cls.predictions.decoder.bias[words.index("p")] = 9
+        model.text_decoder.cls.predictions.bias[words.index("p")] = 9
     model.save_pretrained(folder)
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
     BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
     return folder
 

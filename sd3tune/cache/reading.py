@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd3tune.cache.keys import latent_key, text_key
-from sd3tune.cache.states import Encoders, Text, TextStates, joined
+from sd3tune.cache.states import Encoders, Shower, Text, TextStates, joined
 from sd3tune.cache.store import Store
+from sd3tune.data import sheet
 from sd3tune.data.buckets import Placement
 from sd3tune.data.planning import Plan
 from sd3tune.shown import Shown
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A placement as the model sees it: the picture of its latent, and what the encoders count in its caption."""
+
+    placement: Placement
+    picture: Image
+    tokens: str
+
+
+@dataclass(frozen=True, repr=False)
+class Sheet(Shown):
+    """What the model sees, for a person to look at."""
+
+    rows: tuple[Seen, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{row.placement.item.path.name}, {row.placement.bucket}: {row.placement.item.caption} [{row.tokens}]" for row in self.rows
+        )
+
+    def _repr_html_(self) -> str:
+        cells = [(sheet.framed(row.placement), "how it is cut") for row in self.rows]
+        seen = [(row.picture, f"{row.placement.item.caption} [{row.tokens}]") for row in self.rows]
+        return sheet.sheet(cell for pair in zip(cells, seen, strict=True) for cell in pair)
 
 
 class Coverage(Shown):
@@ -67,6 +96,17 @@ class Cache:
     def latent_key(self, placement: Placement) -> str:
         """The key of a cut picture; the empty text while the picture is not hashed."""
         return latent_key(placement.item.pixels, placement.geometry, self._latent_mark, placement.item.dataset.background)
+
+    def sheet(self, loaded: Shower, count: int = 12) -> Sheet:
+        """What the model sees: pictures decoded from the cached latents, how they were cut, their captions and tokens.
+
+        ``loaded`` are encoders in memory: ``with st.encoders(config).load() as loaded: cache.sheet(loaded)``. Raises: CacheError.
+        """
+        shown = list({p.item.path: p for p in self.plan.train}.values())
+        shown = shown[:: max(1, len(shown) // count)][:count]
+        tokens = loaded.tokens_seen([p.item.caption for p in shown])
+        pictures = [loaded.decode_latents(self.latent(p)[None])[0] for p in shown]
+        return Sheet(tuple(Seen(p, picture, said) for p, picture, said in zip(shown, pictures, tokens, strict=True)))
 
     def coverage(self, plan: Plan | None = None) -> Coverage:
         """How much of a plan (its own, if none is given) is encoded with these encoders."""

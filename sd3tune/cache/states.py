@@ -59,6 +59,16 @@ class LoadedEncoders(Protocol):
         """The states of each text."""
 
 
+class Shower(Protocol):
+    """Encoders that can also show what they made."""
+
+    def decode_latents(self, latent_BCHW: Tensor) -> list[Image]:
+        """The pictures of scaled latents."""
+
+    def tokens_seen(self, texts: Sequence[str]) -> list[str]:
+        """For each text what the encoders count in it, and what they do not see."""
+
+
 class Encoders(Protocol):
     """What the cache needs of the models: an identity without loading, and a scope in which they are loaded."""
 

@@ -20,8 +20,8 @@ def download_dataset(name: str = GUIDE, to: str | Path | None = None, *, endpoin
     Without ``to`` it goes into ``datasets/`` below the working folder. ``endpoint`` is a mirror of the hub.
     Raises: DataError when there is no such data set, no access, no network or no room; nothing else is changed then.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses
 
     folder = Path(to) if to else Path("datasets") / name.split("/")[-1]
     if folder.exists() and not folder.is_dir():

@@ -79,6 +79,9 @@ def _picture(picture: Image.Image | None, text: str) -> str:
     if picture is None:
         return "<p>cannot be decoded</p>"
     held = io.BytesIO()
+    scale = SIDE / max(picture.size)
+    if scale != 1:
+        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
     picture.save(held, "JPEG", quality=85)
     data = base64.b64encode(held.getvalue()).decode()
     return f'<img alt="{escape(text, quote=True)}" src="data:image/jpeg;base64,{data}">'

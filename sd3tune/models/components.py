@@ -185,6 +185,24 @@ class LoadedEncoders:
         return Moments((posterior.mean - self._vae.config.shift_factor) * scale, posterior.std * scale)
 
     @torch.no_grad()
+    def decode_latents(self, latent_BCHW: Tensor) -> list[Image]:
+        """The pictures of scaled latents, as the pipeline shows them."""
+        from PIL import Image
+
+        if self._vae is None:
+            self.release()
+            self._vae = load_vae(self._config, self._device)
+        z_BCHW = latent_BCHW.to(self._device, self._vae.dtype) / self._vae.config.scaling_factor + self._vae.config.shift_factor
+        pixels_BHWC = (self._vae.decode(z_BCHW).sample.float().clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+        return [Image.fromarray(picture.numpy()) for picture in pixels_BHWC]
+
+    def tokens_seen(self, texts: Sequence[str]) -> list[str]:
+        """For each text what the encoders count in it, and what they do not see."""
+        from sd3tune.models.tokens import count_tokens
+
+        return ["; ".join(map(str, counts)) for counts in count_tokens(self._config, texts)]
+
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
         """CLIP's penultimate states side by side, T5's last, and both pooled vectors, as diffusers' pipeline makes them."""
         if not self._texts:
@@ -229,9 +247,3 @@ def tokenizers(config: RunConfig) -> list[tuple[Any, int]]:
             tokenizer = kind.from_pretrained(folder / f"tokenizer{suffix}")
         found.append((tokenizer, config.model.tokenizer_max_length if kind is T5TokenizerFast else tokenizer.model_max_length))
     return found
-
-
-def truncated(config: RunConfig, texts: Sequence[str]) -> list[str]:
-    """The texts that CLIP or T5 sees only the beginning of."""
-    pairs = tokenizers(config)
-    return [text for text in texts if any(len(t(text, truncation=False, verbose=False).input_ids) > limit for t, limit in pairs)]

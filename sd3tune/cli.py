@@ -99,7 +99,9 @@ def _made_plan(options: argparse.Namespace) -> tuple[st.RunConfig, Plan]:
 def _plan(options: argparse.Namespace) -> None:
     config, plan = _made_plan(options)
     print(plan)
-    print(st.CacheBuilder(plan, st.encoders(config)).coverage())
+    encoders = st.encoders(config)
+    print(st.CacheBuilder(plan, encoders).coverage())
+    print(f"the cache of this plan: about {encoders.bytes_of(plan) / 1e6:,.1f} MB in {Path(plan.cache_dir).absolute()}")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -127,3 +127,20 @@ def test_killed_builds_end_bitwise_equal(tmp_path: Path, builds: Builds, kills: 
     assert misses > 0
     assert stored(cache) == stored(whole)
     assert builds.finish(cache) == (total, 0)
+
+
+def test_two_builds_at_once_end_as_one(tmp_path: Path, builds: Builds) -> None:
+    """Two processes that build the same cache at the same time both end well, and what stands there is what one build gives."""
+    whole, cache = tmp_path / "whole", tmp_path / "both"
+    builds.finish(whole)
+    other = Builds(builds.datasets)
+    with other.server:
+        builds.start(cache)
+        other.start(cache)
+        (code, first), (again, second) = builds.end(), other.end()
+    assert code == again == 0
+    assert first
+    assert second
+    assert sum(first) == sum(second) == 25
+    assert stored(cache) == stored(whole)
+    assert builds.finish(cache) == (25, 0)

@@ -6,6 +6,7 @@ Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text toke
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor
 from sd3tune import playground
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.config.schema import RunConfig
+from sd3tune.data.planning import Plan
 from sd3tune.errors import ModelError
 from sd3tune.files import digest, file_digest
 
@@ -141,6 +143,21 @@ class EncoderHandle:
         parts = [folder_digest(self._folder / part) for part in TEXT_PARTS]
         model = self._config.model
         return digest(*parts, str(model.tokenizer_max_length), model.t5_padding, str(compute_dtype(self._config)))
+
+    def bytes_of(self, plan: Plan) -> int:
+        """Bytes of all entries of a plan, from the models' configurations alone."""
+        vae, t5 = (self._json(f"{part}/config.json") for part in ("vae", "text_encoder_3"))
+        area = sum(bucket.width * bucket.height for _, (_, _, _, bucket, _) in {(cut.item.path, cut.geometry) for cut in plan.cuts})
+        latents = 2 * int(vae["latent_channels"]) * area // 64 * vae_dtype(self._config).itemsize
+        values = self._config.model.tokenizer_max_length * int(t5["d_model"])
+        for suffix in SUFFIXES[:2]:
+            clip, tokenizer = self._json(f"text_encoder{suffix}/config.json"), self._json(f"tokenizer{suffix}/tokenizer_config.json")
+            values += int(tokenizer.get("model_max_length", 77)) * int(clip["hidden_size"]) + int(clip["projection_dim"])
+        return latents + len(plan.texts) * values * compute_dtype(self._config).itemsize
+
+    def _json(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self._folder / name).read_text())
+        return found
 
     @contextmanager
     def load(self) -> Iterator[LoadedEncoders]:

@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--model", help="caption: an image-to-text model of the hub, or its folder")
     data.add_argument("--prompt", default="", help="caption: what to ask a model that takes a question")
     data.add_argument("--out", metavar="FILE", help="caption: the file to write (FOLDER.captions.jsonl beside the folder)")
+    lora = verb("lora", _lora, "look at a LoRA file of any tool, verify it against a model, convert it, or merge it into a model")
+    lora.add_argument("what", choices=("inspect", "verify", "convert", "merge"))
+    lora.add_argument("file", help="a .safetensors file")
+    lora.add_argument("--to", choices=("diffusers", "comfyui"), default="diffusers", help="convert: the layout (%(default)s)")
+    lora.add_argument("--out", metavar="PATH", help="convert: the file to write; merge: the folder of the merged transformer")
+    lora.add_argument("--strength", type=float, default=1.0, help="merge: how much of the change (%(default)s)")
+    lora.add_argument("--config", help="verify, merge: the YAML file that names the model; the playground's preset when left out")
+    lora.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
     listed = verb("runs", _runs, "list the runs of a folder")
     listed.add_argument("folder", nargs="?", default="runs")
     known = verb("settings", _settings, "list settings, with their meaning and default")
@@ -172,6 +180,28 @@ def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
 
     builder = st.CacheBuilder(plan, st.encoders(config))
     return builder.cache(list(building(builder)))
+
+
+def _lora(options: argparse.Namespace) -> None:
+    from sd3tune.models import lora_files, lora_layouts, merging
+
+    file = Path(options.file)
+    lora = lora_layouts.read(file)
+    if options.what == "inspect":
+        print(lora)
+        return
+    if options.what == "verify":
+        print(merging.check_fit(lora, _config(options), str(file)))
+        return
+    if not options.out:
+        raise ConfigError([f"{options.what} needs --out"], "sd3tune lora")
+    out = Path(options.out)
+    if out.exists():
+        raise ConfigError([f"{out} is already there; give another name"], "sd3tune lora")
+    if options.what == "convert":
+        print(f"{out}: {lora_files.write(out, lora, options.to)}")
+    else:
+        print(merging.merge(lora, _config(options), out, strength=options.strength))
 
 
 def _data(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
 from sd3tune.models import adapters, components
 from sd3tune.models.lora_files import save_lora
+from sd3tune.models.lora_layouts import Layout
 from sd3tune.models.tokens import truncated
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, SegmentRecord, StepRecord
 from sd3tune.run_folder import History, RunFolder, log_level, open_log
@@ -49,10 +50,7 @@ class Trainer:
         self.transformer = components.load_transformer(config, self.device)
         self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)
-        weights = adapters.add_lora(
-            self.transformer, config.adapter.lora_targets, rank=config.adapter.lora_rank, alpha=config.lora_alpha,
-            dropout=config.adapter.lora_dropout, seed=config.schedule.seed,
-        )  # fmt: skip
+        weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
         batches = Batches(
             cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw
         )
@@ -127,6 +125,8 @@ class Trainer:
     def _finish(self) -> Iterator[Record]:
         """Save first, then judge."""
         yield self.checkpoint()
+        if self.engine.ema:
+            self.save(self.folder.lora.with_name("lora-ema.safetensors"), ema=True)
         tensors = self.save(self.folder.lora)
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
         yield from self._judge(self.steps_done)
@@ -198,15 +198,18 @@ class Trainer:
 
     # --- saving and resuming -----------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> int:
-        """Write the adapter in diffusers' layout, read it back, compare. Returns the number of tensors.
+    def save(self, path: str | Path, layout: Layout = "diffusers", *, ema: bool = False) -> int:
+        """Write the adapter (or its running average), for diffusers or for ComfyUI, read it back, compare. Returns the number of tensors.
 
         Raises: CheckpointError when the file is not what it should be; FileError.
         """
-        return save_lora(
-            Path(path), self.engine.state_dict()["adapter"], targets=self.config.adapter.lora_targets, rank=self.config.adapter.lora_rank,
-            alpha=self.config.lora_alpha, skeleton=components.skeleton(self.config), notes={"sd3tune.step": str(self.steps_done)},
+        weights = self.engine.ema if ema else self.engine.state_dict()["adapter"]
+        verified = save_lora(
+            Path(path), weights, spec_of(self.config), skeleton=components.skeleton(self.config),
+            notes={"sd3tune.step": str(self.steps_done)}, layout=layout,
         )  # fmt: skip
+        self._log.info("%s: %s", path, verified)
+        return verified.tensors
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors of adapter and optimizer, updates done, live settings."""
@@ -282,12 +285,20 @@ def interrupts_deferred() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def spec_of(config: RunConfig) -> adapters.Spec:
+    """The adapter that a configuration describes."""
+    a = config.adapter
+    return adapters.Spec(a.lora_targets, a.lora_rank, config.lora_alpha, a.lora_dropout, a.use_dora, a.lora_init_type)
+
+
 def rules_of(config: RunConfig, made: Plan) -> Rules:
     """The numbers of an update, taken out of the configuration."""
     return Rules(
         seed=config.schedule.seed, accumulation=made.accumulation, sigmoid_scale=config.noise.flow_sigmoid_scale,
         shift=config.noise.flow_schedule_shift, stratified=config.noise.stratified, schedule=config.optimizer.lr_scheduler,
         warmup=config.optimizer.lr_warmup_steps, total=made.steps, max_grad_norm=config.optimizer.max_grad_norm,
+        scaled=config.model.mixed_precision == "fp16", ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None,
+        ema_interval=config.adapter.ema_update_interval,
     )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 import sd3tune as st
 from sd3tune import playground
 from sd3tune.models import adapters, components
-from sd3tune.models.lora_files import verify_lora
+from sd3tune.models.adapters import Spec
+from sd3tune.models.lora_files import expected_names, lora_of, verify
+from sd3tune.trainer import spec_of
 
 STOCK = """
 import json, sys, torch
@@ -71,7 +73,7 @@ def test_stock_diffusers_draws_the_trainers_own_picture(
         (("norm_q",), "no linear layer of this model is called 'norm_q'"),
         (("zzz",), "there are attn.add_k_proj, "),
         ((), "lora_targets is an empty list"),
-        ("attn", "'attn' is not allowed: it should be 'attention' or a list"),
+        ("attn", "'attn' is not allowed: it should be 'attention', 'attention+context' or 'all-linear' or a list"),
     ],
 )
 def test_targets_that_name_nothing_are_refused(targets: str | tuple[str, ...], message: str) -> None:
@@ -83,7 +85,7 @@ def test_targets_that_name_nothing_are_refused(targets: str | tuple[str, ...], m
 def test_a_target_is_a_whole_name_ending() -> None:
     """``to_out.0`` leaves ``to_add_out`` alone, and ``norm1.linear`` leaves ``norm1_context.linear`` alone."""
     config = st.presets.playground(lora_targets=["norm1.linear", "to_out.0"])
-    weights = adapters.add_lora(components.skeleton(config), config.adapter.lora_targets, rank=2, alpha=2, dropout=0, seed=0)
+    weights = adapters.add_lora(components.skeleton(config), Spec(config.adapter.lora_targets, 2, 2.0), seed=0)
     layers = {name.split(".", 2)[2].rsplit(".lora_", 1)[0] for name in weights}
     assert layers == {"norm1.linear", "attn.to_out.0", "attn2.to_out.0"}
 
@@ -114,22 +116,24 @@ def test_verification_notices_every_kind_of_damage(bench: Workbench, tmp_path: P
     path = tmp_path / "lora.safetensors"
     trainer.save(path)
     good = load_file(path)
-    skeleton = components.skeleton(trainer.config)
+    spec = spec_of(trainer.config)
+    names = expected_names(components.skeleton(trainer.config), spec)
+    lora = lora_of(trainer.state_dict()["adapter"], spec, {})
 
-    def verify(tensors: dict[str, torch.Tensor]) -> int:
+    def check(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
         save_file(tensors, path)
-        return verify_lora(path, good, skeleton, targets=trainer.config.adapter.lora_targets, rank=16)
+        return verify(path, good, lora, names)[:2]
 
-    assert verify(good) == len(good) == 192
+    assert check(good) == (len(good), 96) == (192, 96)
     name = "transformer.transformer_blocks.3.attn.to_q.lora_B.weight"
     with pytest.raises(st.CheckpointError, match=f"{name} does not read back"):
-        verify({**good, name: good[name] + 1e-7})
+        check({**good, name: good[name] + 1e-7})
     with pytest.raises(st.CheckpointError, match="1 names do not fit"):
-        verify({k: v for k, v in good.items() if k != name})
+        check({k: v for k, v in good.items() if k != name})
     with pytest.raises(st.CheckpointError, match="1 names do not fit"):
-        verify({**good, "transformer.other.lora_A.weight": torch.zeros(2)})
+        check({**good, "transformer.other.lora_A.weight": torch.zeros(2)})
     with pytest.raises(st.CheckpointError, match=f"{name} does not read back"):
-        verify({**good, name: good[name][:, :8].contiguous()})
+        check({**good, name: good[name][:, :8].contiguous()})
 
 
 def test_a_save_that_does_not_verify_is_not_kept(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,10 @@ MANY = 10_000_000
 """Upper end of counts that nothing else limits."""
 
 
+Precision = Literal["no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"]
+"""Formats in which frozen weights can be kept."""
+
+
 def about(
     meaning: str, *, low: float | None = None, high: float | None = None, above: float | None = None, unit: str = "", live: bool = False
 ) -> Any:
@@ -33,10 +37,21 @@ class Model:
 
     model_flavour: Annotated[Literal["playground"] | None, about("A known model; leave it out when a path is given.")] = None
     pretrained_model_name_or_path: Annotated[str | None, about("A folder in the diffusers layout.")] = None
-    mixed_precision: Annotated[Literal["bf16", "no"], about("Number format of the forward pass; the adapter stays in fp32.")] = "bf16"
-    base_model_precision: Annotated[
-        Literal["no_change", "int8-quanto"], about("Number format in which the frozen base weights are kept.")
-    ] = "no_change"
+    variant: Annotated[str | None, about("Which of several files of the transformer's weights, such as fp16.")] = None
+    mixed_precision: Annotated[Literal["bf16", "fp16", "no"], about("Number format of the forward pass; the adapter stays in fp32.")] = (
+        "bf16"
+    )
+    base_model_precision: Annotated[Precision, about("Number format in which the frozen base weights are kept.")] = "no_change"
+    base_model_default_dtype: Annotated[
+        Literal["bf16", "fp32"], about("Format of base weights that are not quantised; bf16 means that of the forward pass.")
+    ] = "bf16"
+    modulation_precision: Annotated[
+        Literal["same", "bf16"], about("The AdaLN linears, a third of all weights: quantised like the rest, or left alone.")
+    ] = "same"
+    text_encoder_1_precision: Annotated[Precision, about("Number format of CLIP-L's weights.")] = "no_change"
+    text_encoder_2_precision: Annotated[Precision, about("Number format of CLIP-G's weights.")] = "no_change"
+    text_encoder_3_precision: Annotated[Precision, about("Number format of T5's weights.")] = "no_change"
+    use_t5: Annotated[bool, about("Read texts with T5 too; without it zeros stand in its place.")] = True
     tokenizer_max_length: Annotated[int, about("Length of every text for T5.", low=1, high=512, unit="tokens")] = 154
     t5_padding: Annotated[
         Literal["unmodified", "zero"], about("What follows a text's T5 states up to that length: what T5 makes of pads, or zeros.")
@@ -56,9 +71,16 @@ class Adapter:
     lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0, high=1e5)] = None
     lora_dropout: Annotated[float, about("Share of the adapter's inputs set to zero while training.", low=0, high=0.9)] = 0.0
     lora_targets: Annotated[
-        Literal["attention"] | tuple[str, ...],
-        about("Which linear layers get an adapter: the picture stream's attention, or a list of name endings."),
+        Literal["attention", "attention+context", "all-linear"] | tuple[str, ...],
+        about("Which linear layers get an adapter: the picture stream's attention, the text stream's too, all, or a list of name endings."),
     ] = "attention"
+    lora_init_type: Annotated[
+        Literal["default", "gaussian"], about("How A begins: as peft does (Kaiming), or as a Gaussian; B begins with zeros.")
+    ] = "default"
+    use_ema: Annotated[bool, about("Also keep a running average of the adapter, saved beside it.")] = False
+    ema_decay: Annotated[float, about("How much of the average stays at each of its updates, at most.", low=0, high=1)] = 0.995
+    ema_update_interval: Annotated[int, about("Updates between two of the average's.", low=1, high=10_000, unit="updates")] = 1
+    use_dora: Annotated[bool, about("Learn each weight's length and direction apart; about a third slower.")] = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -267,6 +289,8 @@ def check(config: RunConfig) -> list[str]:
         problems.append("no base model: set model_flavour (playground) or pretrained_model_name_or_path (a folder)")
     if config.adapter.lora_targets == ():
         problems.append("lora_targets is an empty list, so nothing would learn; name layers, or write attention")
+    if config.adapter.use_dora and config.model.base_model_precision.endswith("quanto"):
+        problems.append("use_dora needs the base's weights whole; use base_model_precision: no_change or nf4-bnb, or switch it off")
     if schedule.max_train_steps and schedule.num_train_epochs:
         problems.append("max_train_steps and num_train_epochs are both set; keep one")
     warmup, steps = config.optimizer.lr_warmup_steps, config.max_train_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +15,44 @@ from sd3tune.errors import ConfigError
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Linear layers of ``lora_targets: attention``: the picture stream's attention, in both attentions of SD3.5."""
 
+CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The text stream's attention, which ``attention+context`` adds."""
+
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+MODULATION = ("norm1.linear", "norm1_context.linear")
+"""What ``all-linear`` adds beyond that: every linear layer of the blocks."""
+
+PRESETS = {"attention": ATTENTION, "attention+context": ATTENTION + CONTEXT, "all-linear": ATTENTION + CONTEXT + FEED_FORWARD + MODULATION}
+
 Targets = str | tuple[str, ...]
-"""``"attention"``, or the name endings of the linear layers that get an adapter."""
+"""The name of a preset, or the name endings of the linear layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a LoRA is made of."""
+
+    targets: Targets
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    dora: bool = False
+    init: str = "default"
 
 
 def endings(targets: Targets) -> list[str]:
     """The name endings that peft looks for."""
-    return list(ATTENTION if targets == "attention" else targets)
+    return list(PRESETS[targets] if isinstance(targets, str) else targets)
 
 
-def lora_config(targets: Targets, *, rank: int, alpha: float, dropout: float = 0.0) -> Any:
+def lora_config(spec: Spec) -> Any:
     """peft's description of the adapter."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=endings(targets), init_lora_weights=True)
+    return LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=endings(spec.targets), use_dora=spec.dora,
+        init_lora_weights=True if spec.init == "default" else spec.init,
+    )  # fmt: skip
 
 
 def check_targets(transformer: Any, targets: Targets) -> None:
@@ -45,15 +70,15 @@ def check_targets(transformer: Any, targets: Targets) -> None:
         raise ConfigError(problems)
 
 
-def add_lora(transformer: Any, targets: Targets, *, rank: int, alpha: float, dropout: float, seed: int) -> dict[str, nn.Parameter]:
+def add_lora(transformer: Any, spec: Spec, *, seed: int) -> dict[str, nn.Parameter]:
     """Add a LoRA that changes nothing yet (B is zero) and return its fp32 weights by the name they have in files.
 
     Raises: ConfigError when the targets name no layer of this model.
     """
-    check_targets(transformer, targets)
+    check_targets(transformer, spec.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(lora_config(targets, rank=rank, alpha=alpha, dropout=dropout))
+        transformer.add_adapter(lora_config(spec))
     weights = {file_name(name): p for name, p in transformer.named_parameters() if "lora_" in name}
     for weight in weights.values():
         weight.data = weight.data.float()
@@ -62,5 +87,9 @@ def add_lora(transformer: Any, targets: Targets, *, rank: int, alpha: float, dro
 
 
 def file_name(name: str) -> str:
-    """A weight's name without peft's adapter name: ``...to_q.lora_A.default.weight`` is ``...to_q.lora_A.weight``."""
-    return name.replace(".default.", ".")
+    """A weight's name without peft's adapter name: ``...to_q.lora_A.default.weight`` is ``...to_q.lora_A.weight``.
+
+    A DoRA's magnitudes are called ``...to_q.lora_magnitude_vector``, as peft writes them.
+    """
+    plain = name.replace(".default.", ".")
+    return plain.removesuffix(".weight") if "lora_magnitude_vector" in plain else plain

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3tune import playground
 from sd3tune.cache.states import Moments, TextStates
@@ -22,6 +22,8 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.errors import ModelError
 from sd3tune.files import digest, file_digest
+from sd3tune.models.loading import Change, Weights, fill
+from sd3tune.models.quantize import is_quantised, quantise, smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,21 +52,68 @@ def pick_device() -> torch.device:
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
     """Number format of the frozen weights and of the forward pass."""
-    return torch.float32 if config.model.mixed_precision == "no" else torch.bfloat16
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.model.mixed_precision]
 
 
 def load_transformer(config: RunConfig, device: torch.device) -> Any:
-    """The frozen transformer, quantised if asked. Raises: ModelError."""
+    """The frozen transformer, read and quantised layer by layer. Raises: ModelError."""
+    folder = model_folder(config) / "transformer"
+    transformer = skeleton(config)
+    fill(transformer, Weights.of_folder(folder, config.model.variant), dtype=rest_dtype(config), device=device, change=_smaller(config))
+    return transformer.requires_grad_(False).train()
+
+
+def _smaller(config: RunConfig) -> Change:
+    precision, modulation = config.model.base_model_precision, config.model.modulation_precision
+
+    def change(name: str, module: nn.Module) -> nn.Module:
+        if precision == "no_change" or not is_quantised(name, module, modulation):
+            return module
+        assert isinstance(module, nn.Linear)
+        return smaller(module, precision)
+
+    return change
+
+
+def rest_dtype(config: RunConfig) -> torch.dtype:
+    """Number format of the frozen weights that are not quantised."""
+    if config.model.base_model_default_dtype == "fp32":
+        return torch.float32
+    return compute_dtype(config)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd3-medium": {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 192},
+    "sd35-medium": {
+        "num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+    "sd35-large": {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
+}  # fmt: skip
+"""What differs between the released transformers. Source: their config.json files."""
+
+
+def random(flavour: str, *, layers: int | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A transformer of a released architecture with random weights, whole or with its first ``layers`` blocks; nothing is downloaded."""
     from diffusers import SD3Transformer2DModel
 
-    from sd3tune.models.quantize import quantize
-
-    with _named(model_folder(config) / "transformer"):
-        transformer = SD3Transformer2DModel.from_pretrained(model_folder(config) / "transformer", torch_dtype=compute_dtype(config))
-    transformer.requires_grad_(False)
-    if config.model.base_model_precision != "no_change":
-        quantize(transformer, config.model.base_model_precision)
-    return transformer.to(device)
+    shape = dict(SHAPES[flavour])
+    heads = shape["num_attention_heads"]
+    if layers is not None:
+        shape["num_layers"] = layers
+        shape["dual_attention_layers"] = tuple(n for n in shape.get("dual_attention_layers", ()) if n < layers)
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
+            caption_projection_dim=64 * heads, pooled_projection_dim=2048, **shape,
+        )  # fmt: skip
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+        for buffer in model.buffers():
+            buffer.normal_(0, 0.02)
+    return model.requires_grad_(False)
 
 
 def vae_dtype(config: RunConfig) -> torch.dtype:
@@ -142,7 +191,8 @@ class EncoderHandle:
         """Of the encoders' and tokenizers' files, the length, the padding and the number format."""
         parts = [folder_digest(self._folder / part) for part in TEXT_PARTS]
         model = self._config.model
-        return digest(*parts, str(model.tokenizer_max_length), model.t5_padding, str(compute_dtype(self._config)))
+        precisions = (model.text_encoder_1_precision, model.text_encoder_2_precision, model.text_encoder_3_precision, str(model.use_t5))
+        return digest(*parts, str(model.tokenizer_max_length), model.t5_padding, str(compute_dtype(self._config)), *precisions)
 
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of all entries of a plan, from the models' configurations alone."""
@@ -232,11 +282,18 @@ class LoadedEncoders:
             hidden.append(out.hidden_states[-2])
         tokenizer, encoder = self._texts[2]
         ids_BL = self._ids(tokenizer, texts, self._config.model.tokenizer_max_length)
-        t5_BLD = encoder(ids_BL)[0]
+        if encoder is None:  # as diffusers' pipeline does without its third encoder
+            width = self._joint_width()
+            t5_BLD = torch.zeros((*ids_BL.shape, width), dtype=hidden[0].dtype, device=self._device)
+        else:
+            t5_BLD = encoder(ids_BL)[0]
         if self._config.model.t5_padding == "zero":
             t5_BLD = t5_BLD * (ids_BL != tokenizer.pad_token_id).unsqueeze(-1)
         clip_BLD, pooled_BP = torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
         return [TextStates(*rows) for rows in zip(clip_BLD, t5_BLD, pooled_BP, strict=True)]
+
+    def _joint_width(self) -> int:
+        return int(json.loads((model_folder(self._config) / "transformer" / "config.json").read_text())["joint_attention_dim"])
 
     def _ids(self, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
         padded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -248,9 +305,14 @@ class LoadedEncoders:
         folder, loaded = model_folder(self._config), []
         classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
         for (tokenizer, _), suffix, encoder_class in zip(tokenizers(self._config), SUFFIXES, classes, strict=True):
+            if suffix == "_3" and not self._config.model.use_t5:
+                loaded.append((tokenizer, None))
+                continue
             with _named(folder / f"text_encoder{suffix}"):
                 encoder = encoder_class.from_pretrained(folder / f"text_encoder{suffix}", dtype=compute_dtype(self._config))
-            loaded.append((tokenizer, encoder.eval().to(self._device)))
+            encoder.eval().requires_grad_(False)
+            quantise(encoder, getattr(self._config.model, f"text_encoder_{len(loaded) + 1}_precision"))
+            loaded.append((tokenizer, encoder.to(self._device)))
         return loaded
 
 

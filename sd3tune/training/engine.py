@@ -53,6 +53,22 @@ class Rules:
     warmup: int
     total: int
     max_grad_norm: float
+    scaled: bool = False
+    """Multiply the loss, so that gradients do not vanish in fp16."""
+    ema_decay: float | None = None
+    ema_interval: int = 1
+
+
+HIGHEST_SCALE = 2.0**15
+"""Where the scale of an fp16 loss begins, and the most that it may become."""
+
+CALM = 200
+"""Updates without an overflow after which the scale is doubled."""
+
+
+def ema_decay(number: int, most: float) -> float:
+    """Decay of the average's update ``number`` (from 1): it follows quickly at first. Source: (1 + n) / (10 + n), as in diffusers."""
+    return min(most, (1 + number) / (10 + number))
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Engine:
     def __init__(self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules) -> None:
         self.velocity, self.weights, self.batches, self.rules = velocity, dict(weights), batches, rules
         self.updates = 0
+        self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
+        self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()} if rules.ema_decay is not None else {}
         self._optimizer = new_adamw(self.weights)
         self._device = next(iter(self.weights.values())).device
 
@@ -79,11 +97,10 @@ class Engine:
         started, rules = time.perf_counter(), self.rules
         indices = range(self.updates * rules.accumulation, (self.updates + 1) * rules.accumulation)
         images = sum(len(self.batches.placements(k)) for k in indices)
-        self._optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold(rules.seed, indices[0], 3))  # adapter dropout draws from torch's own generator
-            parts = [self._backward(k, images) for k in indices]
-        grad_norm = float(nn.utils.clip_grad_norm_(self.weights.values(), rules.max_grad_norm))
+        parts, grad_norm = self._gradient(indices, images)
+        while not math.isfinite(grad_norm) and self._scale > 1:  # an overflow of fp16: the same batches again, multiplied by less
+            self._scale, self._calm = self._scale / 2, 0
+            parts, grad_norm = self._gradient(indices, images)
         losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
         items = tuple(i for part in parts for i in part.ids)
         step = self.updates + 1
@@ -97,6 +114,7 @@ class Engine:
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self.updates = step
+        self._follow(step)
         if step == 10:
             self._assert_moved()
         seconds = time.perf_counter() - started
@@ -105,6 +123,29 @@ class Engine:
             items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds, images_per_second=len(items) / seconds,
             peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
+
+    def _gradient(self, indices: range, images: int) -> tuple[list[_Part], float]:
+        """The gradient of the mean loss over some batches, clipped; its norm before that."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(self.rules.seed, indices[0], 3))  # adapter dropout draws from torch's own generator
+            parts = [self._backward(k, images) for k in indices]
+        if self._scale != 1:
+            for weight in self.weights.values():
+                if weight.grad is not None:
+                    weight.grad.div_(self._scale)
+        return parts, float(nn.utils.clip_grad_norm_(self.weights.values(), self.rules.max_grad_norm))
+
+    def _follow(self, step: int) -> None:
+        """What comes after the optimizer: the average of the weights, and a larger scale after a calm stretch."""
+        rules = self.rules
+        if rules.ema_decay is not None and step % rules.ema_interval == 0:
+            for name, mean in self.ema.items():
+                mean.lerp_(self.weights[name].detach(), 1 - ema_decay(step // rules.ema_interval, rules.ema_decay))
+        if rules.scaled:
+            self._calm += 1
+            if self._calm % CALM == 0:
+                self._scale = min(2 * self._scale, HIGHEST_SCALE)
 
     def seconds_per_update(self) -> float:
         """Time of one update's forward and backward passes, the second of two tries; changes nothing."""
@@ -128,7 +169,7 @@ class Engine:
             self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
             sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW.to(self._device),
         )  # fmt: skip
-        (loss_B.sum() / images).backward()  # type: ignore[no-untyped-call]
+        (loss_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
         return _Part(batch.ids, sigma_B, loss_B.detach())
 
     def _assert_moved(self) -> None:
@@ -143,7 +184,8 @@ class Engine:
         """Adapter, optimizer moments and updates done: all that an update reads and that is not a function of (config, cache, k)."""
         adapter = {name: weight.detach().clone().cpu() for name, weight in self.weights.items()}
         moments = {key: value.cpu() for key, value in optimizer_tensors(self._optimizer, self.weights).items()}
-        return {"adapter": adapter, "optimizer": moments, "updates": self.updates}
+        mean = {f"ema.{name}": value.cpu() for name, value in self.ema.items()}
+        return {"adapter": adapter, "optimizer": {**moments, **mean}, "updates": self.updates, "loss_scale": [self._scale, self._calm]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo `state_dict`. Raises: CheckpointError when the state is of another adapter; nothing is changed then."""
@@ -155,7 +197,12 @@ class Engine:
         with torch.no_grad():
             for name, tensor in adapter.items():
                 self.weights[name].copy_(tensor)
-        restore_optimizer(self._optimizer, self.weights, state["optimizer"])
+        moments = {key: value for key, value in state["optimizer"].items() if not key.startswith("ema.")}
+        restore_optimizer(self._optimizer, self.weights, moments)
+        for name, mean in self.ema.items():
+            mean.copy_(state["optimizer"].get(f"ema.{name}", self.weights[name].detach()))
+        if self.rules.scaled:
+            self._scale, self._calm = state.get("loss_scale", [self._scale, 0])
         self.updates = int(state["updates"])
 
 

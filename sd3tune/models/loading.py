@@ -1,0 +1,88 @@
+"""Filling a model tensor by tensor from safetensors files, so that memory never holds more than the result and one layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd3tune.errors import ModelError
+from sd3tune.models.quantize import put
+
+Change = Callable[[str, nn.Module], nn.Module]
+"""From a loaded layer's name and itself to what stands in its place."""
+
+
+class Weights:
+    """The tensors of a folder's (or one) safetensors file by name, read one at a time."""
+
+    def __init__(self, files: Mapping[str, Path], names: Mapping[str, str] | None = None) -> None:
+        self._files, self._names = files, names or {}
+        self._opened: dict[Path, Any] = {}
+
+    @classmethod
+    def of_folder(cls, folder: Path, variant: str | None = None) -> Weights:
+        """The weights of a component in the diffusers layout, in one file or in several. Raises: ModelError."""
+        from safetensors import SafetensorError, safe_open
+
+        stem = "diffusion_pytorch_model"
+        infix = f".{variant}" if variant else ""
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        single = folder / f"{stem}{infix}.safetensors"
+        try:
+            if index.is_file():
+                return cls({name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()})
+            with safe_open(single, framework="pt") as opened:
+                return cls(dict.fromkeys(opened.keys(), single))
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder}: its weights cannot be read ({error}); download or copy the model again") from None
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor's name."""
+        return set(self._files)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, mapped from the file: copy it. Raises: ModelError."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files[name]
+        try:
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt")
+            return self._opened[path].get_tensor(self._names.get(name, name))  # type: ignore[no-any-return]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path}: {name} cannot be read ({error}); download or copy the model again") from None
+
+
+def fill(model: nn.Module, weights: Weights, *, dtype: torch.dtype, device: torch.device, change: Change) -> None:
+    """Give a model on the meta device its values, layer by layer, each replaced by what ``change`` makes of it.
+
+    Raises: ModelError when names or shapes do not fit.
+    """
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    odd = sorted(weights.names ^ set(wanted))
+    if odd:
+        what = "are missing" if odd[0] in wanted else "do not belong to this model"
+        raise ModelError(f"the weights do not fit the model's config: {len(odd)} tensors {what}, e.g. {odd[0]}")
+    for name, module in list(model.named_modules()):
+        own = [(leaf, tensor) for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+        for leaf, empty in own:
+            full = f"{name}.{leaf}" if name else leaf
+            if full not in wanted:
+                continue
+            value = weights.read(full)
+            if value.shape != empty.shape:
+                raise ModelError(f"{full} has shape {tuple(value.shape)}, and the model's config wants {tuple(empty.shape)}")
+            held = torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
+            held.copy_(value)
+            if isinstance(empty, nn.Parameter):
+                setattr(module, leaf, nn.Parameter(held, requires_grad=False))
+            else:
+                module.register_buffer(leaf, held)
+        if own and (changed := change(name, module)) is not module:
+            put(model, name, changed)

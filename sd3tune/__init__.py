@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         Sd3TuneError,
         TrainingError,
     )
-    from sd3tune.models.components import encoders
+    from sd3tune.models.encoders import encoders
     from sd3tune.records import StepRecord
     from sd3tune.run_folder import runs
     from sd3tune.trainer import Trainer
@@ -33,7 +33,7 @@ _HOMES = {
     "Batches": "training.batches", "Cache": "cache", "CacheBuilder": "cache", "CacheError": "errors", "Catalog": "data",
     "CheckpointError": "errors", "ConfigError": "errors", "DataError": "errors", "FileError": "errors", "ModelError": "errors",
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
-    "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.components", "plan": "data",
+    "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "download_dataset": "data.download", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
-from sd3tune.models import adapters, components
+from sd3tune.models import adapters, components, encoders
 from sd3tune.models.lora_files import save_lora
 from sd3tune.models.lora_layouts import Layout
 from sd3tune.models.tokens import truncated
@@ -326,4 +326,4 @@ def rebuild_cache(folder: RunFolder, config: RunConfig) -> Cache:
         datasets = [dataset_of(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.manifest}: cannot be read ({error}); pass the cache to Trainer.resume") from None
-    return CacheBuilder(plan(from_datasets(datasets), config), components.encoders(config)).build()
+    return CacheBuilder(plan(from_datasets(datasets), config), encoders.encoders(config)).build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,3 +212,54 @@ def test_measuring_the_time_changes_nothing() -> None:
 def test_learning_rate_schedule(schedule: str, update: int, expected: float) -> None:
     """Warm-up of 10 is linear; cosine is half way down in the middle and zero at the end of 110."""
     assert learning_rate(update, peak=1.0, schedule=schedule, warmup=10, total=110) == pytest.approx(expected)
+
+
+def test_the_average_is_its_closed_form_after_4000_steps() -> None:
+    """A weight that jumps once: the average follows as the product of the decays says, to 1e-6 (a bf16 average would stand still)."""
+    from sd3tune.training.engine import ema_decay
+
+    made, _ = engine()
+    made.rules = replace(made.rules, ema_decay=0.995)
+    name, weight = next(iter(made.weights.items()))
+    made.ema = {name: weight.detach().clone()}
+    start = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.3).add_(0.01)
+    left = 1.0
+    for step in range(1, 4001):
+        made._follow(step)
+        left *= ema_decay(step, 0.995)
+        if step in (1, 10, 100, 4000):
+            expected = weight.detach() + (start - weight.detach()) * left
+            assert torch.allclose(made.ema[name], expected, atol=1e-6)
+    assert torch.allclose(made.ema[name], weight.detach(), atol=1e-6)
+    assert [round(ema_decay(n, 0.995), 3) for n in (1, 10, 100, 2000)] == [0.182, 0.55, 0.918, 0.995]
+
+
+def test_a_scaled_loss_gives_the_same_updates_and_survives_an_overflow() -> None:
+    """With a scale the adapter is what it is without (powers of two); an overflow halves the scale and does the same batches again."""
+    plain, _ = engine()
+    scaled, _ = engine()
+    scaled.rules = replace(scaled.rules, scaled=True)
+    scaled._scale = 2.0**10
+    for _ in range(3):
+        assert plain.update(peak_learning_rate=0.05).loss == scaled.update(peak_learning_rate=0.05).loss
+    assert all(torch.equal(plain.weights[name], scaled.weights[name]) for name in plain.weights)
+
+    real, overflows = scaled._backward, [2.0**10, 2.0**9]
+
+    def overflowing(k: int, images: int) -> Any:
+        part = real(k, images)
+        if scaled._scale in overflows:
+            next(w for w in scaled.weights.values() if w.grad is not None).grad.fill_(float("inf"))  # type: ignore[union-attr]
+        return part
+
+    scaled._backward = overflowing  # type: ignore[method-assign]
+    assert scaled.update(peak_learning_rate=0.05).loss == plain.update(peak_learning_rate=0.05).loss
+    assert scaled._scale == 2.0**8
+    assert all(torch.equal(plain.weights[name], scaled.weights[name]) for name in plain.weights)
+    state = scaled.state_dict()
+    again, _ = engine()
+    again.rules = replace(again.rules, scaled=True)
+    again.load_state_dict(state)
+    assert again._scale == 2.0**8

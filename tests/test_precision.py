@@ -58,9 +58,8 @@ def test_weights_in_fewer_bits(precision: str) -> None:
     assert kept == [name for name, module in plain.items() if not is_quantised(name, module)]
     assert all(name.startswith(("time_text_embed", "context_embedder", "norm_out", "proj_out")) for name in kept)
     bits = {"int8-quanto": 8, "fp8-quanto": 8, "int4-quanto": 4, "int2-quanto": 2, "nf4-bnb": 4}[precision]
-    expected = sum(m.weight.numel() * (bits / 8 if is_quantised(n, m) else 4) for n, m in plain.items())
-    assert bytes_of(model) == pytest.approx(expected, rel=0.6)
-    assert bytes_of(model) < 0.35 * bytes_of(load())
+    least = sum(m.weight.numel() * (bits / 8 if is_quantised(n, m) else 4) for n, m in plain.items())
+    assert least < bytes_of(model) < least + 0.1 * bytes_of(load()), "scales and what is no linear layer come on top"
 
 
 def test_the_modulation_may_stay_whole() -> None:
@@ -243,7 +242,6 @@ def anonymous():
     rows = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines() if ":" in line)
     return int(rows["RssAnon"].split()[0]) * 1024
 import threading, time
-model = diffusers.SD3Transformer2DModel.from_config(diffusers.SD3Transformer2DModel.load_config(sys.argv[1])) if False else None
 with torch.device("meta"):
     model = diffusers.SD3Transformer2DModel.from_config(diffusers.SD3Transformer2DModel.load_config(sys.argv[1]))
 layer = max(p.numel() for p in model.parameters()) * 2
@@ -265,9 +263,7 @@ print(json.dumps({"grown": peak[0] - before, "size": bytes_of(model), "layer": l
 def test_loading_never_holds_the_whole_model(tmp_path: Path) -> None:
     """Two blocks of SD3.5 Large at int8: the memory of its own grows to at most 1.3 times the quantised size and one layer."""
     components.random("sd35-large", layers=2).save_pretrained(tmp_path / "large")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path / "large")], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "large")], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["grown"] < 1.3 * found["size"] + found["layer"], found
 

@@ -100,7 +100,7 @@ def test_the_guides_env_block(tmp_path: Path) -> None:
     assert made.config.prompts == ("a pot, 3",)
     found = fates(made)
     assert found["optimizer"] == {"no counterpart"}
-    assert found["text_encoder_2_precision"] == {"no counterpart"}
+    assert found["text_encoder_2_precision"] == {"already the default"}
     assert "'adamw_bf16' is not there in this version; 'adamw' is used" in str(made)
 
 

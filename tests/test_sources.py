@@ -60,6 +60,7 @@ def test_an_address_is_read_through(tmp_path: Path, bucket: str) -> None:
     assert [(i.found and i.found.name, i.width, i.caption) for i in catalog.items] == [
         ("0.png", 64, "caption 0"), ("1.png", 96, "caption 1"), ("sub/2.png", 128, "caption 2"),
     ]  # fmt: skip
+    assert catalog.problems == (), "litter is passed over"
     assert cache.misses == 7
     for placement in cache.plan.train:
         assert cache.latent(placement).shape[0] == 3

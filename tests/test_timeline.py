@@ -82,6 +82,14 @@ def test_every_batch_is_of_a_set_whose_window_is_open(a: Any, b: Any, count: int
             assert shown[epoch] == Counter(str(p.item.path) for p in plan.train if p.item.dataset.id in phase.datasets)
 
 
+def test_a_new_phase_is_not_the_old_one_again() -> None:
+    """The epochs of a later phase have orders of their own, also when a set comes back alone."""
+    plan = plan_of(sets(a={}, b={"start_step": 20, "end_step": 40}), 20)
+    batches = batches_of(plan)
+    orders = [tuple(p.item.path.name for k in range(start, start + 10) for p in batches.placements(k)) for start in (0, 10, 40, 50)]
+    assert len(set(orders)) == 4
+
+
 def test_appearances_are_counted() -> None:
     """What the plan says of how often a picture is seen is what the batches do, set by set."""
     plan = plan_of(sets(a={"end_epoch": 4}, b={"start_step": 5}), 5, batch=2, accumulation=2, steps=23)
@@ -128,6 +136,12 @@ def test_small_sizes_are_repeated_when_asked(tmp_path: Path) -> None:
     yaml = ENTRY.format("a", "max_num_samples: 1") + ENTRY.format("b", "max_num_samples: 1, repeats: 1")
     plan = pots(tmp_path, yaml, allow_dataset_oversubscription=True)
     assert Counter(p.item.dataset.id for p in plan.train) == {"a": 2, "b": 2}
+    plan = pots(
+        tmp_path,
+        yaml.replace("max_num_samples: 1, repeats: 1", "max_num_samples: 1, repeats: 1, train_batch_size: 5"),
+        allow_dataset_oversubscription=True,
+    )
+    assert Counter(p.item.dataset.id for p in plan.train) == {"a": 2, "b": 2}, "what is set by hand stays"
     plan = pots(tmp_path, yaml)
     assert Counter(p.item.dataset.id for p in plan.train) == {"a": 1, "b": 2}
     assert "`repeats: 1`, or `train_batch_size: 1`, or `small_bucket: merge`, or `allow_dataset_oversubscription: true`" in str(plan)

@@ -135,9 +135,9 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str
             layout, module, part = found
             layouts.add(layout)
             parts.setdefault(module, {})[part] = tensor
-    declared = _declared_alpha(metadata)
+    declared, by_layer = _declared_alpha(metadata)
     whole = {module: rows for module, rows in sorted(parts.items()) if {"down", "up"} <= rows.keys()}
-    layers = {module: _layer(rows, declared, f"{where}: {module}") for module, rows in whole.items()}
+    layers = {module: _layer(rows, by_layer.get(module, declared), f"{where}: {module}") for module, rows in whole.items()}
     unknown += [f"{module} ({', '.join(rows)} alone)" for module, rows in parts.items() if module not in layers]
     if not layers:
         raise CheckpointError(f"{where}: no LoRA of SD3 was found in it ({_guess(tensors)})")
@@ -176,13 +176,14 @@ def _layer(rows: Mapping[str, Tensor], declared: float | None, where: str) -> La
     return Layer(down, up, float(down.shape[0]) if alpha is None else alpha, rows.get("magnitude"))
 
 
-def _declared_alpha(metadata: Mapping[str, str]) -> float | None:
-    """Alpha as diffusers declares it in the metadata; tensors go before it."""
+def _declared_alpha(metadata: Mapping[str, str]) -> tuple[float | None, dict[str, float]]:
+    """Alpha as diffusers declares it in the metadata, for all layers and for some; tensors go before it."""
     try:
         rows: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        return float(rows["transformer.lora_alpha"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        some = {str(name): float(alpha) for name, alpha in (rows.get("transformer.alpha_pattern") or {}).items()}
+        return float(rows["transformer.lora_alpha"]), some
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, {}
 
 
 def _guess(tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.models.components import tokenizers
+from sd3tune.models.encoders import tokenizers
 
 SAID = 80
 """Characters of what is lost that are shown."""

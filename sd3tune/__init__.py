@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sd3tune.cache import Cache, CacheBuilder
+    from sd3tune.checkup import doctor
     from sd3tune.config import RunConfig, check, presets
     from sd3tune.data import Catalog, Plan, discover, plan
     from sd3tune.data.download import download_dataset
@@ -34,12 +35,14 @@ _HOMES = {
     "CheckpointError": "errors", "ConfigError": "errors", "DataError": "errors", "FileError": "errors", "ModelError": "errors",
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
-    "download_dataset": "data.download", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
+    "doctor": "checkup", "download_dataset": "data.download",
+    "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
-    "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "download_dataset",
+    "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
+    "download_dataset",
     "encoders", "from_simpletuner", "plan", "presets", "runs",
 ]  # fmt: skip
 

@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
         if name == "train":
             made.add_argument("--resume", metavar="RUN", help="go on with a run folder instead")
+    looked = verb("doctor", _doctor, "what this machine has and what a run needs, before anything is downloaded")
+    looked.add_argument("config", nargs="?", help="a YAML file of settings; without one, the machine alone")
     imported = verb("import-simpletuner", _import, "turn SimpleTuner's two files into run.yaml and datasets.yaml, with a report")
     imported.add_argument("config", help="config.json, a TOML file or config.env")
     imported.add_argument("datasets", nargs="?", help="multidatabackend.json; looked for where the first file says when left out")
@@ -180,6 +182,12 @@ def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
 
     builder = st.CacheBuilder(plan, st.encoders(config))
     return builder.cache(list(building(builder)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    report = st.doctor(st.RunConfig.load(options.config) if options.config else None)
+    print(report)
+    return 0 if report.well else 1
 
 
 def _lora(options: argparse.Namespace) -> None:

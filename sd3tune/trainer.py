@@ -19,7 +19,7 @@ from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
-from sd3tune.models import adapters, components, encoders
+from sd3tune.models import adapters, capabilities, components, encoders
 from sd3tune.models.lora_files import save_lora
 from sd3tune.models.lora_layouts import Layout
 from sd3tune.models.tokens import truncated
@@ -47,6 +47,7 @@ class Trainer:
         log_level()
         self.config, self.cache = config, cache
         self.device = components.pick_device()
+        capabilities.require(config)
         self.transformer = components.load_transformer(config, self.device)
         self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)

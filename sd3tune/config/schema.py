@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,8 +36,11 @@ def about(
 class Model:
     """Which base model, and in which numbers."""
 
-    model_flavour: Annotated[Literal["playground"] | None, about("A known model; leave it out when a path is given.")] = None
-    pretrained_model_name_or_path: Annotated[str | None, about("A folder in the diffusers layout.")] = None
+    model_flavour: Annotated[
+        Literal["playground", "sd3-medium", "sd35-medium", "sd35-large"] | None, about("A known model; leave it out when a path is given.")
+    ] = None
+    pretrained_model_name_or_path: Annotated[str | None, about("A folder in the diffusers layout, or owner/name on the hub.")] = None
+    revision: Annotated[str | None, about("Which version of a model of the hub: a branch, a tag or a commit.")] = None
     variant: Annotated[str | None, about("Which of several files of the transformer's weights, such as fp16.")] = None
     mixed_precision: Annotated[Literal["bf16", "fp16", "no"], about("Number format of the forward pass; the adapter stays in fp32.")] = (
         "bf16"
@@ -280,13 +284,18 @@ SECTION_CLASSES: dict[str, type] = {
 
 
 def check(config: RunConfig) -> list[str]:
-    """What is wrong everywhere with settings that are each legal alone, one sentence each."""
+    """What is wrong everywhere with settings that are each legal alone, one sentence each.
+
+    What only this machine cannot do is `sd3tune doctor`'s to say, and refused by ``Trainer``.
+    """
     problems: list[str] = []
+    if sys.platform == "darwin" and "fp8-quanto" in (config.model.base_model_precision, config.model.text_encoder_3_precision):
+        problems.append("fp8-quanto never works on Apple's GPUs; use int8-quanto")
     model, schedule, validation = config.model, config.schedule, config.validation
     if model.model_flavour and model.pretrained_model_name_or_path:
         problems.append("model_flavour and pretrained_model_name_or_path are both set; keep one")
     if not model.model_flavour and not model.pretrained_model_name_or_path:
-        problems.append("no base model: set model_flavour (playground) or pretrained_model_name_or_path (a folder)")
+        problems.append("no base model: set model_flavour (such as sd35-medium) or pretrained_model_name_or_path (a folder)")
     if config.adapter.lora_targets == ():
         problems.append("lora_targets is an empty list, so nothing would learn; name layers, or write attention")
     if config.adapter.use_dora and config.model.base_model_precision.endswith("quanto"):

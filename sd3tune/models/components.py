@@ -5,6 +5,7 @@ Shapes: B pictures or texts, C latent channels, H x W latent pixels, L text toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from sd3tune import playground
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ModelError
 from sd3tune.files import digest, file_digest
+from sd3tune.models.hub import FLAVOURS, fetched, is_name
 from sd3tune.models.loading import Change, Weights, fill
 from sd3tune.models.quantize import is_quantised, smaller
 
@@ -28,14 +30,33 @@ TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tok
 
 
 def model_folder(config: RunConfig) -> Path:
-    """Folder of the base model. Raises: ModelError when it is not a pipeline in the diffusers layout."""
-    folder = playground.MODEL if config.model.model_flavour == "playground" else Path(config.model.pretrained_model_name_or_path or "")
+    """Folder of the base model, fetched from the hub if it is named there. Raises: ModelError when it is no pipeline of SD3."""
+    named_as = config.model.pretrained_model_name_or_path or ""
+    if config.model.model_flavour == "playground":
+        folder = playground.MODEL
+    elif config.model.model_flavour or (is_name(named_as) and not Path(named_as).exists()):
+        without = () if config.model.use_t5 else ("text_encoder_3",)
+        folder = fetched(FLAVOURS.get(config.model.model_flavour or "", named_as), revision=config.model.revision, without=without)
+    else:
+        folder = Path(named_as)
     if not folder.is_dir():
         raise ModelError(f"{folder.resolve()}: no such folder; set pretrained_model_name_or_path to a pipeline saved by diffusers")
-    absent = [part for part in ("transformer", "vae", "scheduler", *TEXT_PARTS) if not (folder / part).is_dir()]
+    needed = [part for part in ("transformer", "vae", "scheduler", *TEXT_PARTS) if config.model.use_t5 or part != "text_encoder_3"]
+    absent = [part for part in needed if not (folder / part).is_dir()]
     if absent:
         raise ModelError(f"{folder.resolve()}: not an SD3 pipeline in the diffusers layout; missing: {', '.join(absent)}")
+    check_class(folder)
     return folder
+
+
+def check_class(folder: Path) -> None:
+    """Raises: ModelError when the transformer in a folder is that of another family."""
+    try:
+        found = json.loads((folder / "transformer" / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'transformer' / 'config.json'}: cannot be read ({error}); download or copy the model again") from None
+    if found != "SD3Transformer2DModel":
+        raise ModelError(f"{folder.resolve()}: a model of another family ({found}); sd3tune trains SD3 and SD3.5")
 
 
 def pick_device() -> torch.device:

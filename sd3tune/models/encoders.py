@@ -61,10 +61,10 @@ class EncoderHandle:
 
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of all entries of a plan, from the models' configurations alone."""
-        vae, t5 = (self._json(f"{part}/config.json") for part in ("vae", "text_encoder_3"))
+        vae, transformer = (self._json(f"{part}/config.json") for part in ("vae", "transformer"))
         area = sum(bucket.width * bucket.height for _, (_, _, _, bucket, _) in {(cut.item.path, cut.geometry) for cut in plan.cuts})
         latents = 2 * int(vae["latent_channels"]) * area // 64 * vae_dtype(self._config).itemsize
-        values = self._config.model.tokenizer_max_length * int(t5["d_model"])
+        values = self._config.model.tokenizer_max_length * int(transformer["joint_attention_dim"])
         for suffix in SUFFIXES[:2]:
             clip, tokenizer = self._json(f"text_encoder{suffix}/config.json"), self._json(f"tokenizer{suffix}/tokenizer_config.json")
             values += int(tokenizer.get("model_max_length", 77)) * int(clip["hidden_size"]) + int(clip["projection_dim"])

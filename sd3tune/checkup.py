@@ -1,0 +1,133 @@
+"""What a run needs and what this machine has, asked before anything is downloaded. Shows no secrets and changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sd3tune.config.schema import RunConfig
+from sd3tune.shown import Shown
+
+State = Literal["ok", "note", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One question and its answer."""
+
+    state: State
+    what: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.state:5} {self.what:10} {self.text}"
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """All answers, in the order in which they matter."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing stands in the way."""
+        return not any(finding.state == "bad" for finding in self.findings)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.findings))
+
+
+def doctor(config: RunConfig | None = None) -> Report:
+    """Look at this machine, and at what a configuration asks of it."""
+    from sd3tune.models import capabilities
+
+    rows = [*_machine(), *_disks(config), *_tools()]
+    known = capabilities.probe()
+    rows += [Finding("ok" if not why else "note", name, "works here" if not why else f"does not: {why}") for name, why in known.items()]
+    if config is not None:
+        rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
+        rows += _hub(config)
+    return Report(tuple(rows))
+
+
+def _machine() -> Iterator[Finding]:
+    import psutil
+    import torch
+
+    from sd3tune.models.components import pick_device
+
+    yield Finding("ok", "Python", f"{platform.python_version()} on {platform.platform()}")
+    toolkit = f", CUDA {torch.version.cuda}" if torch.version.cuda else f", ROCm {torch.version.hip}" if torch.version.hip else ""
+    yield Finding("ok", "torch", f"{torch.__version__}{toolkit}")
+    device = pick_device()
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        yield Finding("ok", "GPU", f"{torch.cuda.get_device_name()}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+    else:
+        yield Finding("note", "GPU", f"none that torch can use; this runs on {device.type}, which is enough for the playground alone")
+    memory = psutil.virtual_memory()
+    yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+
+
+def _disks(config: RunConfig | None) -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = {
+        "models": HF_HUB_CACHE,
+        "cache": config.run.cache_dir if config else "cache",
+        "runs": config.run.output_dir if config else "runs",
+    }
+    for what, place in places.items():
+        path = Path(place).absolute()
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        if not os.access(there, os.W_OK):
+            yield Finding("bad", what, f"{there} cannot be written to; choose another place")
+        else:
+            yield Finding("ok" if free > 5e9 else "note", what, f"{free / 1e9:.1f} GB free for {path}")
+
+
+def _tools() -> Iterator[Finding]:
+    import torch
+
+    wanted = {"g++": "g++", "ninja": "ninja-build"}
+    if torch.version.cuda:
+        wanted["nvcc"] = "nvidia-cuda-toolkit"
+    missing = {tool: package for tool, package in wanted.items() if not shutil.which(tool)}
+    if missing:
+        packages = " ".join(missing.values())
+        yield Finding("note", "tools", f"no {', '.join(missing)}: int4-quanto and int2-quanto cannot be built; apt install {packages}")
+    if torch.version.hip and importlib.util.find_spec("amdsmi") is None:
+        steps = "apt install amd-smi-lib; pushd /opt/rocm/share/amd_smi; python3 -m pip install .; popd"
+        yield Finding("note", "ROCm", f"amdsmi is missing, which reads the GPU's memory: {steps}")
+    if sys.platform == "darwin":
+        yield Finding("note", "Apple", "use mixed_precision: no; fp8-quanto does not work here")
+
+
+def _hub(config: RunConfig) -> Iterator[Finding]:
+    from huggingface_hub import HfApi, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses
+
+    from sd3tune.models import hub
+
+    model = config.model
+    name = hub.FLAVOURS.get(model.model_flavour or "", model.pretrained_model_name_or_path or "")
+    if model.model_flavour == "playground" or Path(name).exists() or not hub.is_name(name):
+        yield Finding("ok", "model", "the playground, which comes with the package" if model.model_flavour == "playground" else name)
+        return
+    yield Finding(
+        "ok" if hub.has_token() else "note", "token", "there is one" if hub.has_token() else "there is none; gated models need one"
+    )
+    try:
+        HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None).auth_check(name)
+        yield Finding("ok", "model", f"{name} may be downloaded")
+    except (OSError, HTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as error:
+        yield Finding("bad", "model", f"{name}: {hub.explained(error, name)}")

@@ -19,7 +19,7 @@ from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
-from sd3tune.models import adapters, capabilities, components, encoders
+from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters
 from sd3tune.models.lora_files import save_lora
 from sd3tune.models.lora_layouts import Layout
 from sd3tune.models.tokens import truncated
@@ -51,7 +51,12 @@ class Trainer:
         self.transformer = components.load_transformer(config, self.device)
         self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)
-        weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
+        self.network: Any = None
+        if config.adapter.lora_type == "lycoris":
+            lycoris = lycoris_adapters.read_config(config.adapter.lycoris_config)
+            self.network, weights = lycoris_adapters.add_lycoris(self.transformer, lycoris, seed=config.schedule.seed)
+        else:
+            weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
         batches = Batches(
             cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw
         )
@@ -204,11 +209,13 @@ class Trainer:
 
         Raises: CheckpointError when the file is not what it should be; FileError.
         """
-        weights = self.engine.ema if ema else self.engine.state_dict()["adapter"]
-        verified = save_lora(
-            Path(path), weights, spec_of(self.config), skeleton=components.skeleton(self.config),
-            notes={"sd3tune.step": str(self.steps_done)}, layout=layout,
-        )  # fmt: skip
+        weights, notes = self.engine.ema if ema else self.engine.state_dict()["adapter"], {"sd3tune.step": str(self.steps_done)}
+        if self.network is not None:
+            lycoris = lycoris_adapters.read_config(self.config.adapter.lycoris_config)
+            verified = lycoris_adapters.save_lycoris(Path(path), self.network, weights, notes, lycoris)
+        else:
+            skeleton = components.skeleton(self.config)
+            verified = save_lora(Path(path), weights, spec_of(self.config), skeleton=skeleton, notes=notes, layout=layout)
         self._log.info("%s: %s", path, verified)
         return verified.tensors
 
@@ -263,11 +270,14 @@ class Trainer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """The model in evaluation mode (no adapter dropout) for the duration of the block."""
-        self.transformer.eval()
+        models = [self.transformer, *([self.network] if self.network is not None else [])]
+        for model in models:
+            model.eval()
         try:
             yield
         finally:
-            self.transformer.train()
+            for model in models:
+                model.train()
 
 
 @contextmanager

@@ -71,6 +71,8 @@ class Model:
 class Adapter:
     """The part that learns."""
 
+    lora_type: Annotated[Literal["standard", "lycoris"], about("LoRA, or one of LyCORIS' kinds as lycoris_config says.")] = "standard"
+    lycoris_config: Annotated[str | None, about("A JSON file like SimpleTuner's lycoris_config.json; its example when left out.")] = None
     lora_rank: Annotated[int, about("Rank of the two factors of each weight change.", low=1, high=1024)] = 16
     lora_alpha: Annotated[float | None, about("The change is scaled by alpha / rank; the rank when left out.", above=0, high=1e5)] = None
     lora_dropout: Annotated[float, about("Share of the adapter's inputs set to zero while training.", low=0, high=0.9)] = 0.0
@@ -298,6 +300,10 @@ def check(config: RunConfig) -> list[str]:
         problems.append("no base model: set model_flavour (such as sd35-medium) or pretrained_model_name_or_path (a folder)")
     if config.adapter.lora_targets == ():
         problems.append("lora_targets is an empty list, so nothing would learn; name layers, or write attention")
+    if config.adapter.lora_type == "lycoris" and config.model.base_model_precision != "no_change":
+        problems.append("lora_type lycoris needs a base that is not quantised here; set base_model_precision: no_change")
+    if config.adapter.lora_type == "standard" and config.adapter.lycoris_config:
+        problems.append("lycoris_config is set, but lora_type is standard; set lora_type: lycoris, or remove it")
     if config.adapter.use_dora and config.model.base_model_precision.endswith("quanto"):
         problems.append("use_dora needs the base's weights whole; use base_model_precision: no_change or nf4-bnb, or switch it off")
     if schedule.max_train_steps and schedule.num_train_epochs:

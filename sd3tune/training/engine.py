@@ -175,7 +175,7 @@ class Engine:
     def _assert_moved(self) -> None:
         """Ten updates must have moved every B away from zero."""
         still = [name for name, weight in self.weights.items() if ".lora_B." in name and not weight.detach().any()]
-        if len(still) == sum(".lora_B." in name for name in self.weights):
+        if still and len(still) == sum(".lora_B." in name for name in self.weights):
             raise TrainingError(
                 "after 10 updates the adapter has not moved at all: no gradient reaches it; this is a defect, please report it"
             )

@@ -205,7 +205,7 @@ def test_values_are_strict(values: dict[str, Any]) -> None:
         ({"flow_cubic_schedule_weights": (1,)}, "is no density"),
         ({"optimizer": "adamw_bf16", "base_model_default_dtype": "fp32"}, "base_model_default_dtype is fp32; use adamw"),
         ({"optimizer": "prodigy", "learning_rate": 1e-4}, "set learning_rate: 1"),
-        ({"optimizer": "schedulefree"}, "lr_scheduler is cosine; use constant_with_warmup"),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "lr_scheduler is cosine; use constant_with_warmup"),
         ({"optimizer": "schedulefree", "lr_scheduler": "constant", "optimizer_beta1": 0}, "use 0.9"),
         ({"optimizer": "adafactor", "optimizer_beta1": 0.5}, "adafactor has no betas"),
         ({"optimizer_config": "weight_decy=0.1"}, "adamw has no 'weight_decy'; did you mean 'weight_decay'?"),
@@ -214,7 +214,7 @@ def test_values_are_strict(values: dict[str, Any]) -> None:
         ({"optimizer_config": "weight_decay=much"}, "weight_decay=much is not a number; adamw has weight_decay=0.01"),
         ({"optimizer_config": "amsgrad=1"}, "amsgrad=1 is not true or false"),
         ({"optimizer_config": "eps"}, "eps= is not a number"),
-        ({"lr_scheduler": "polynomial", "lr_end": 0.5}, "lr_end (0.5) is above learning_rate (0.001)"),
+        ({"lr_scheduler": "polynomial", "lr_end": 0.5}, "lr_end (0.5) is above learning_rate (0.0001)"),
         ({"validation_resolution": "100x64"}, "100x64 is not a multiple of 16"),
         ({"validation_resolution": "64,64x"}, "a size is written"),
         ({"validation_resolution": "0x64"}, "not a multiple"),
@@ -241,7 +241,9 @@ def test_legal_edges_pass() -> None:
 
 def test_what_a_rule_is_told_may_be_text_or_a_mapping() -> None:
     """``optimizer_config`` reads the same either way, stays hashable and comes back from its file."""
-    text = presets.playground(optimizer="prodigy", optimizer_config="d_coef=0.5, use_bias_correction=true,beta3=none,slice_p=2")
+    text = presets.playground(
+        optimizer="prodigy", optimizer_config="d_coef=0.5, use_bias_correction=true,beta3=none,slice_p=2", learning_rate=1.0
+    )
     mapping = presets.playground(
         optimizer="prodigy", optimizer_config={"d_coef": 0.5, "use_bias_correction": True, "beta3": None, "slice_p": 2}, learning_rate=1.0
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ConfigError
 from sd3tune.shown import Shown
 
 State = Literal["ok", "note", "bad"]
@@ -54,6 +55,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     rows += [Finding("ok" if not why else "note", name, "works here" if not why else f"does not: {why}") for name, why in known.items()]
     if config is not None:
         rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
+        rows += _optimizer(config)
         rows += _hub(config)
     return Report(tuple(rows))
 
@@ -110,6 +112,16 @@ def _tools() -> Iterator[Finding]:
         yield Finding("note", "ROCm", f"amdsmi is missing, which reads the GPU's memory: {steps}")
     if sys.platform == "darwin":
         yield Finding("note", "Apple", "use mixed_precision: no; fp8-quanto does not work here")
+
+
+def _optimizer(config: RunConfig) -> Iterator[Finding]:
+    from sd3tune.models.components import pick_device
+    from sd3tune.training.optim import require
+
+    try:
+        require(config.optimizer.optimizer, pick_device())
+    except ConfigError as error:
+        yield from (Finding("bad", "settings", problem) for problem in error.problems)
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

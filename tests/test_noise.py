@@ -253,7 +253,7 @@ def test_the_manifest_shows_what_is_drawn(bench: Workbench) -> None:
     assert dict(auto.shifts) == {"64x64": sigmas.auto_factor(8, 8), "80x48": sigmas.auto_factor(6, 10)}
     assert "several sizes share one shift; flow_schedule_auto_shift: true gives each its own" in str(shifted)
     assert "several sizes share" not in str(auto)
-    assert "shift 64x64: 1.59, 80x48: 1.58" in str(auto)
+    assert "shift 64x64: 1.58, 80x48: 1.58" in str(auto)
 
 
 def test_evaluation_looks_where_training_does(bench: Workbench) -> None:

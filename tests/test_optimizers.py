@@ -96,16 +96,17 @@ def test_betas_and_options_arrive() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_rule_finds_a_minimum(name: str) -> None:
-    """200 steps on (w - 1)^2 from 0 come within 0.1 of 1 where the rate allows it."""
-    weight = nn.Parameter(torch.zeros(4096))
+    """300 steps on (w - 1)^2 from 0 end near 1; Adafactor's steps are relative to the weights, so it begins at a half and is told more."""
+    relative = name == "adafactor"
+    weight = nn.Parameter(torch.full((4096,), 0.5 if relative else 0.0))
     made = new_optimizer(Rule(name), {"a.b": weight}, seed=0)
     for step in range(300):
-        made.param_groups[0]["lr"] = 1.0 if name == "prodigy" else 0.02 * (1 - step / 300)
+        made.param_groups[0]["lr"] = 1.0 if name == "prodigy" else 0.02 * (5 if relative else 1) * (1 - step / 300)
         made.zero_grad()
         (weight.float() - 1).square().sum().backward()
         made.step()
     found = averaged(made, {"a.b": weight}).get("a.b", weight).detach().float()
-    assert float((found - 1).abs().max()) < (0.2 if name in ("schedulefree", "adafactor") else 0.1)
+    assert float((found - 1).abs().max()) < (0.2 if name == "schedulefree" else 0.1)
 
 
 def test_lion_is_its_formula() -> None:
@@ -261,8 +262,8 @@ def test_what_no_checkpoint_can_hold_is_refused() -> None:
     made.state.clear()
     restore_optimizer(made, {"a.b": weight}, tensors, numbers)
     assert made.state[weight]["nested"]["count"] == 3
-    made.state[weight]["set"] = {1, 2}.__class__()
-    with pytest.raises(CheckpointError, match="AdamW: a.b/set is a set"):
+    made.state[weight]["set"] = {1, 2}
+    with pytest.raises(CheckpointError, match=r"AdamW: a\.b/set is a set"):
         optimizer_state(made, {"a.b": weight})
     with pytest.raises(CheckpointError, match=r"remembers c\.d, which this adapter does not have"):
         restore_optimizer(made, {"a.b": weight}, {"c.d/exp_avg": torch.ones(2)}, {})
@@ -302,7 +303,7 @@ def test_an_update_in_the_middle_of_judging_trains_the_right_weights() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_rate_may_change_between_updates(name: str) -> None:
-    """An update at a hundredth of the rate moves the weights far less than one at the whole rate."""
+    """An update at a hundredth of the rate moves the weights far less than one at the whole rate; averaging goes on without it."""
     moves = []
     for share in (1.0, 0.01):
         made = engine(name, schedule="constant")
@@ -310,7 +311,7 @@ def test_the_rate_may_change_between_updates(name: str) -> None:
         before = made.weights["x.lora_A.weight"].detach().float().clone()
         made.update(peak_learning_rate=share * RATES.get(name, 1e-2))
         moves.append(float((made.weights["x.lora_A.weight"].detach().float() - before).norm()))
-    assert moves[1] < 0.2 * moves[0]
+    assert moves[1] < (0.5 if name == "schedulefree" else 0.2) * moves[0]
 
 
 def test_clipping_by_value_limits_each_element() -> None:

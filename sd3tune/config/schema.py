@@ -188,7 +188,13 @@ class Optimizer:
         about("How much of the mean square stays (of the mean, for lion); the rule's own when left out.", low=0, high=0.999999),
     ] = None
     learning_rate: Annotated[
-        float, about("Peak learning rate; prodigy's multiplier, 1 there when left out; lion wants a tenth.", above=0, high=1, live=True)
+        float,
+        about(
+            "Peak learning rate; for prodigy a multiplier, 1 when left out; for adafactor relative to the weights; lion wants a tenth.",
+            above=0,
+            high=1,
+            live=True,
+        ),
     ] = 1e-4
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],

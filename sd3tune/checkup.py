@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.errors import ConfigError
 from sd3tune.shown import Shown
 
 State = Literal["ok", "note", "bad"]
@@ -116,12 +115,11 @@ def _tools() -> Iterator[Finding]:
 
 def _optimizer(config: RunConfig) -> Iterator[Finding]:
     from sd3tune.models.components import pick_device
-    from sd3tune.training.optim import require
+    from sd3tune.training.optim import unusable
 
-    try:
-        require(config.optimizer.optimizer, pick_device())
-    except ConfigError as error:
-        yield from (Finding("bad", "settings", problem) for problem in error.problems)
+    name = config.optimizer.optimizer
+    if problem := unusable(name, pick_device()):
+        yield Finding("bad", "settings", f"optimizer {name} {problem}")
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

@@ -357,6 +357,15 @@ def test_what_does_not_work_here_is_one_sentence(monkeypatch: pytest.MonkeyPatch
         require("prodigy", cpu)
 
 
+def test_trainer_and_doctor_say_so_too(bench: Workbench) -> None:
+    """A run is refused before its model is loaded; doctor has the same sentence; the configuration itself may be written here."""
+    config = bench.config(optimizer="bnb-lion8bit-paged")
+    cache = bench.cache(config)
+    with pytest.raises(st.ConfigError, match=r"this machine: 1 problem\n  - optimizer bnb-lion8bit-paged moves its state"):
+        st.Trainer(config, cache)
+    assert "bad   settings   optimizer bnb-lion8bit-paged moves its state" in str(st.doctor(config))
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 

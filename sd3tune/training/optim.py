@@ -103,18 +103,25 @@ def new_optimizer(rule: Rule, weights: Weights, *, seed: int) -> torch.optim.Opt
 
 def require(name: str, device: torch.device) -> None:
     """Raises: ConfigError when this machine cannot run the named rule, with what to install or to use instead."""
+    if problem := unusable(name, device):
+        raise ConfigError([f"optimizer {name} {problem}"], "this machine")
+
+
+def unusable(name: str, device: torch.device) -> str:
+    """Why the named rule cannot run here, found by one step of a small weight; the empty text when it can."""
     known = OPTIMIZERS[name]
     if known.package and importlib.util.find_spec(known.package) is None:
-        raise ConfigError([f"optimizer {name} needs a package that is not installed ({known.package}); pip install 'sd3tune[optimizers]'"])
+        return f"needs a package that is not installed ({known.package}); pip install 'sd3tune[optimizers]'"
     if known.paged and device.type != "cuda":
-        raise ConfigError([f"optimizer {name} moves its state between GPU and memory, and this is no CUDA GPU; use {known.paged}"])
+        return f"moves its state between GPU and memory, and this is no CUDA GPU; use {known.paged}"
     trial = nn.Parameter(torch.ones(4096, device=device))
     try:
         optimizer = new_optimizer(Rule(name), {"trial": trial}, seed=0)
         trial.grad = torch.ones_like(trial)
         optimizer.step()
     except (RuntimeError, NotImplementedError, ImportError, OSError, AttributeError, ValueError) as error:
-        raise ConfigError([f"optimizer {name} does not work on this machine ({error}); use adamw"]) from None
+        return f"does not work on this machine ({error}); use adamw"
+    return ""
 
 
 # --- weights that are an average -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
+from test_engine import engine
 
 from sd3tune.training.schedules import learning_rate
 
@@ -62,3 +63,11 @@ def test_an_unknown_schedule_is_an_error() -> None:
     """No name falls through to another schedule."""
     with pytest.raises(ValueError, match="unknown schedule 'sine'"):
         learning_rate(9, peak=1.0, schedule="sine", warmup=0, total=10)
+
+
+def test_an_update_follows_the_whole_schedule() -> None:
+    """Power, end and cycles reach the update: its recorded rates are those of the schedule."""
+    for changes in ({"schedule": "polynomial", "power": 2.0, "end": 1e-4}, {"schedule": "cosine_with_restarts", "cycles": 2}):
+        made, _ = engine(warmup=1, total=6, **changes)
+        rates = [made.update(peak_learning_rate=1e-2).learning_rate for _ in range(5)]
+        assert rates == [learning_rate(u, peak=1e-2, warmup=1, total=6, **changes) for u in range(5)]  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     rows += [Finding("ok" if not why else "note", name, "works here" if not why else f"does not: {why}") for name, why in known.items()]
     if config is not None:
         rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
+        rows += _optimizer(config)
         rows += _hub(config)
     return Report(tuple(rows))
 
@@ -110,6 +111,15 @@ def _tools() -> Iterator[Finding]:
         yield Finding("note", "ROCm", f"amdsmi is missing, which reads the GPU's memory: {steps}")
     if sys.platform == "darwin":
         yield Finding("note", "Apple", "use mixed_precision: no; fp8-quanto does not work here")
+
+
+def _optimizer(config: RunConfig) -> Iterator[Finding]:
+    from sd3tune.models.components import pick_device
+    from sd3tune.training.optim import unusable
+
+    name = config.optimizer.optimizer
+    if problem := unusable(name, pick_device()):
+        yield Finding("bad", "settings", f"optimizer {name} {problem}")
 
 
 def _hub(config: RunConfig) -> Iterator[Finding]:

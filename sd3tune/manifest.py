@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.cache.reading import Cache
+from sd3tune.data.planning import Plan
 from sd3tune.shown import Shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from sd3tune.training.rules import Rules
+
+DRAWS = 10_000
+"""Noise levels drawn for the manifest's histogram."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +43,10 @@ class Manifest(Shown):
     cache_hits: int
     cache_misses: int
     datasets: tuple[dict[str, Any], ...]
+    levels: tuple[int, ...] = ()
+    """Of 10,000 noise levels drawn as in the run, how many lie in each tenth of 0 to 1."""
+    shifts: tuple[tuple[str, float], ...] = ()
+    """The shift of noise levels for each size."""
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -55,11 +65,51 @@ class Manifest(Shown):
             + f"; {self.updates_per_epoch:.4g} updates per epoch",
             f"adapter   {self.trainable_tensors} tensors, {self.trainable_parameters:,} parameters on {self.device}",
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
+            *self._noise(),
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
             *(f"refused   {path}: {reason}" for path, reason in self.refused),
             *(f"truncated {said}" for said in self.captions_truncated),
         ]
         return "\n".join(lines)
+
+    def _noise(self) -> list[str]:
+        """What is drawn, and a suggestion when several sizes have one shift."""
+        if not self.levels:
+            return []
+        shares = " ".join(f"{100 * count / sum(self.levels):.0f}" for count in self.levels)
+        factors = sorted({factor for _, factor in self.shifts})
+        shift = ", ".join(f"{name}: {factor:.3g}" for name, factor in self.shifts) if len(factors) > 1 else f"{factors[0]:.3g}"
+        lines = [f"noise     % of levels in each tenth from picture to noise: {shares}; shift {shift}"]
+        if len(self.shifts) > 1 and len(factors) == 1:
+            lines.append("          several sizes share one shift; flow_schedule_auto_shift: true gives each its own")
+        return lines
+
+
+def drawn_levels(plan: Plan, rules: Rules) -> tuple[int, ...]:
+    """How many of 10,000 noise levels lie in each tenth, drawn for every size and data set in proportion to its pictures."""
+    import torch
+
+    from sd3tune.training import sigmas
+    from sd3tune.training.batches import generator
+
+    drawn = []
+    for number, (group, rows) in enumerate(plan.groups.items()):
+        count = round(DRAWS * len(rows) / len(plan.train))
+        factor = sigmas.factor_of(rules.shift, group.bucket.height // 8, group.bucket.width // 8)
+        drawn.append(
+            sigmas.draw(
+                count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
+                offset=rows[0].item.dataset.timestep_sampling_offset, spread=rules.spread,
+            )
+        )  # fmt: skip
+    return sigmas.tenths(torch.cat(drawn))
+
+
+def shifts_of(plan: Plan, rules: Rules) -> tuple[tuple[str, float], ...]:
+    """Each size of the training pictures with its shift."""
+    from sd3tune.training.sigmas import factor_of
+
+    return tuple((str(b), factor_of(rules.shift, b.height // 8, b.width // 8)) for b in sorted({p.bucket for p in plan.train}))
 
 
 def count_dtypes(tensors: Iterable[Tensor]) -> str:
@@ -73,8 +123,9 @@ def count_dtypes(tensors: Iterable[Tensor]) -> str:
 
 
 def describe(
-    cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], *, truncated: tuple[str, ...], seconds_per_update: float
-) -> Manifest:
+    cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], rules: Rules, *, truncated: tuple[str, ...],
+    seconds_per_update: float,
+) -> Manifest:  # fmt: skip
     """Gather the manifest of a run from its cache and its loaded model."""
     plan = cache.plan
     catalog, first = plan.catalog, plan.train[0]
@@ -105,4 +156,6 @@ def describe(
         cache_hits=cache.hits,
         cache_misses=cache.misses,
         datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),
+        levels=drawn_levels(plan, rules),
+        shifts=shifts_of(plan, rules),
     )

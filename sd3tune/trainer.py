@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.cache import Cache, CacheBuilder
+from sd3tune.config.optimizers import options_of
 from sd3tune.config.reading import is_live
+from sd3tune.config.rules import spreads_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.catalog import from_datasets
 from sd3tune.data.datasets import dataset_of
@@ -26,9 +28,13 @@ from sd3tune.models.tokens import truncated
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, SegmentRecord, StepRecord
 from sd3tune.run_folder import History, RunFolder, log_level, open_log
 from sd3tune.training.batches import Batches
-from sd3tune.training.engine import Engine, Rules, TransformerVelocity
-from sd3tune.training.sigmas import ladder
-from sd3tune.validation.evaluate import evaluation_loss
+from sd3tune.training.engine import Engine, TransformerVelocity
+from sd3tune.training.flow import Measure
+from sd3tune.training.optim import Rule
+from sd3tune.training.optim import require as require_optimizer
+from sd3tune.training.rules import Rules
+from sd3tune.training.spreads import Kind, Spread
+from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
 
@@ -48,6 +54,7 @@ class Trainer:
         self.config, self.cache = config, cache
         self.device = components.pick_device()
         capabilities.require(config)
+        require_optimizer(config.optimizer.optimizer, self.device)
         self.transformer = components.load_transformer(config, self.device)
         self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)
@@ -65,7 +72,7 @@ class Trainer:
         self._validator = Validator(self.transformer, cache, self.device)
         cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(
-            cache, self.transformer, weights, truncated=cut_off, seconds_per_update=self.engine.seconds_per_update()
+            cache, self.transformer, weights, self.engine.rules, truncated=cut_off, seconds_per_update=self.engine.seconds_per_update()
         )
         self.folder = folder or RunFolder.create(Path(config.run.output_dir).absolute())
         self._log = open_log(self.folder)
@@ -93,7 +100,8 @@ class Trainer:
     def step(self) -> StepRecord:
         """One optimizer update and nothing else. Raises: TrainingError."""
         with interrupts_deferred():
-            record = self.engine.update(peak_learning_rate=self.config.optimizer.learning_rate)
+            optimizer = self.config.optimizer
+            record = self.engine.update(peak_learning_rate=optimizer.learning_rate, max_grad_norm=optimizer.max_grad_norm)
             self._tell(record)
         return record
 
@@ -174,8 +182,7 @@ class Trainer:
         """The loss on the held-out pictures, with fixed noise and noise levels. Raises: TrainingError when there are none."""
         if not self.cache.plan.evaluation:
             raise TrainingError("there are no held-out pictures; add a data set with dataset_type: eval")
-        noise, count = self.config.noise, self.config.evaluation.eval_timesteps
-        levels = ladder(count, scale=noise.flow_sigmoid_scale, factor=noise.flow_schedule_shift)
+        levels = evaluation_levels(self.engine.rules, self.cache.plan.evaluation, self.config.evaluation.eval_timesteps)
         with self._evaluating():
             record = evaluation_loss(self.engine.velocity, self.cache, sigmas=levels, device=self.device, step=self.steps_done)
         self._tell(record)
@@ -209,7 +216,7 @@ class Trainer:
 
         Raises: CheckpointError when the file is not what it should be; FileError.
         """
-        weights, notes = self.engine.ema if ema else self.engine.state_dict()["adapter"], {"sd3tune.step": str(self.steps_done)}
+        weights, notes = self.engine.ema if ema else self.engine.result(), {"sd3tune.step": str(self.steps_done)}
         if self.network is not None:
             lycoris = lycoris_adapters.read_config(self.config.adapter.lycoris_config)
             verified = lycoris_adapters.save_lycoris(Path(path), self.network, weights, notes, lycoris)
@@ -274,7 +281,8 @@ class Trainer:
         for model in models:
             model.eval()
         try:
-            yield
+            with self.engine.judged():
+                yield
         finally:
             for model in models:
                 model.train()
@@ -304,12 +312,32 @@ def spec_of(config: RunConfig) -> adapters.Spec:
 
 def rules_of(config: RunConfig, made: Plan) -> Rules:
     """The numbers of an update, taken out of the configuration."""
+    o, objective = config.optimizer, config.objective
+    options = tuple(options_of(o.optimizer, o.optimizer_config).items())
     return Rules(
         seed=config.schedule.seed, accumulation=made.accumulation, sigmoid_scale=config.noise.flow_sigmoid_scale,
-        shift=config.noise.flow_schedule_shift, stratified=config.noise.stratified, schedule=config.optimizer.lr_scheduler,
-        warmup=config.optimizer.lr_warmup_steps, total=made.steps, max_grad_norm=config.optimizer.max_grad_norm,
-        scaled=config.model.mixed_precision == "fp16", ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None,
-        ema_interval=config.adapter.ema_update_interval,
+        shift=config.flow_schedule_shift, stratified=config.noise.stratified, schedule=o.lr_scheduler, warmup=o.lr_warmup_steps,
+        total=made.steps, max_grad_norm=o.max_grad_norm, scaled=config.model.mixed_precision == "fp16",
+        ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None, ema_interval=config.adapter.ema_update_interval,
+        spread=spread_of(config), measure=Measure(objective.loss_type, objective.huber_c), weighting=objective.loss_weighting,
+        perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
+        cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,
+    )  # fmt: skip
+
+
+def spread_of(config: RunConfig) -> Spread:
+    """How a configuration spreads noise levels."""
+    noise = config.noise
+    listed = noise.flow_custom_timesteps or ()
+    unit = 1000 if max(listed, default=0) > 1 else 1
+    kinds: dict[str, Kind] = {
+        "flow_custom_timesteps": noise.flow_timesteps_mode, "flow_cubic_schedule_weights": "cubic", "flow_use_uniform_schedule": "uniform",
+        "flow_use_beta_schedule": "beta",
+    }  # fmt: skip
+    chosen = next(iter(spreads_of(noise)), None)
+    return Spread(
+        kind=kinds[chosen] if chosen else "logit-normal", scale=noise.flow_sigmoid_scale, alpha=noise.flow_beta_schedule_alpha,
+        beta=noise.flow_beta_schedule_beta, weights=noise.flow_cubic_schedule_weights or (), levels=tuple(t / unit for t in listed),
     )  # fmt: skip
 
 

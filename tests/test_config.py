@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from sd3tune.config import RunConfig, check, presets
+from sd3tune.config.optimizers import options_of
 from sd3tune.config.reading import LEAVES
 from sd3tune.config.schema import SECTION_CLASSES, parse_size
 from sd3tune.errors import ConfigError
@@ -24,7 +25,12 @@ DEFAULTS: dict[str, Any] = {
     "lora_rank": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": "attention",
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "vae_batch_size": 4, "text_encoder_batch_size": 16,
     "caption_dropout_probability": 0.1, "aspect_bucket_alignment": 64, "small_bucket": "short",
-    "flow_schedule_shift": 3.0, "flow_sigmoid_scale": 1.0, "stratified": True,
+    "flow_schedule_shift": None, "flow_schedule_auto_shift": False, "flow_sigmoid_scale": 1.0, "flow_use_uniform_schedule": False,
+    "flow_use_beta_schedule": False, "flow_beta_schedule_alpha": 2.0, "flow_beta_schedule_beta": 2.0, "flow_cubic_schedule_weights": None,
+    "flow_custom_timesteps": None, "flow_timesteps_mode": "fixed-list", "stratified": True,
+    "loss_type": "l2", "huber_c": 0.1, "loss_weighting": "none", "input_perturbation": 0.0,
+    "optimizer_config": None, "optimizer_beta1": None, "optimizer_beta2": None, "grad_clip_method": "norm",
+    "lr_num_cycles": 1, "lr_power": 0.8, "lr_end": 4e-7,
     "optimizer": "adamw", "learning_rate": 1e-4, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 20, "max_grad_norm": 1.0,
     "num_train_epochs": None, "seed": 42, "checkpoint_step_interval": 250, "checkpoints_total_limit": 3,
     "validation_prompt": (), "validation_negative_prompt": "", "validation_resolution": "1024x1024", "validation_guidance": 3.0,
@@ -59,8 +65,11 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 def test_defaults_that_follow_other_settings() -> None:
-    """Alpha is the rank, the validation seed the run's, and 1000 updates are made when nothing is said."""
+    """Alpha is the rank, the validation seed the run's, the shift 3, and 1000 updates are made when nothing is said."""
     config = RunConfig()
+    assert config.flow_schedule_shift == 3.0
+    assert RunConfig.make(model_flavour="playground", flow_schedule_shift=1.0).flow_schedule_shift == 1.0
+    assert RunConfig.make(model_flavour="playground", flow_schedule_auto_shift=True).flow_schedule_shift is None
     assert (config.lora_alpha, config.validation_seed, config.max_train_steps) == (16.0, 42, 1000)
     changed = presets.playground(lora_rank=8, seed=0, max_train_steps=None, num_train_epochs=3)
     assert (changed.lora_alpha, changed.validation_seed, changed.max_train_steps) == (8.0, 0, None)
@@ -131,10 +140,10 @@ def test_all_mistakes_are_in_one_report(tmp_path: Path) -> None:
 
 def test_several_bad_values_of_one_section() -> None:
     """Each bad value gets its own sentence with the name, the value and what is allowed."""
-    problems = problems_of(learning_rate=-1.0, lr_scheduler="linear", max_grad_norm=True)
+    problems = problems_of(learning_rate=-1.0, lr_scheduler="sine", max_grad_norm=True)
     assert len(problems) == 3
     assert problems[0] == "learning_rate: -1.0 is not allowed: it should be greater than 0"
-    assert "'constant', 'constant_with_warmup' or 'cosine'" in problems[1]
+    assert "'cosine_with_restarts' or 'polynomial'" in problems[1]
     assert "max_grad_norm: True" in problems[2]
 
 
@@ -166,7 +175,11 @@ def test_a_rule_is_not_hidden_by_a_longer_name() -> None:
         {"validation_guidance_skip_layers": (-1,)},
         {"validation_guidance_skip_layers": (True,)},
         {"lora_rank": 16**5000},
-        {"optimizer": "lion"},
+        {"optimizer": "sgd"},
+        {"flow_beta_schedule_alpha": 0},
+        {"flow_custom_timesteps": (1001,)},
+        {"flow_cubic_schedule_weights": (-1.0, 1.0)},
+        {"optimizer_config": 5},
         {"model_flavour": "sd4"},
     ],
 )
@@ -184,6 +197,24 @@ def test_values_are_strict(values: dict[str, Any]) -> None:
         ({"model_flavour": None}, "no base model"),
         ({"max_train_steps": 5, "num_train_epochs": 5}, "both set; keep one"),
         ({"max_train_steps": 5}, "lr_warmup_steps (20) is longer"),
+        ({"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True}, "flow_use_uniform_schedule and flow_use_beta_schedule each"),
+        ({"flow_custom_timesteps": (5,), "flow_cubic_schedule_weights": (1, 2)}, "flow_custom_timesteps and flow_cubic_schedule_weights"),
+        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 3.0}, "flow_schedule_auto_shift are both set; keep one"),
+        ({"flow_custom_timesteps": ()}, "an empty list"),
+        ({"flow_cubic_schedule_weights": (0, 0)}, "is no density"),
+        ({"flow_cubic_schedule_weights": (1,)}, "is no density"),
+        ({"optimizer": "adamw_bf16", "base_model_default_dtype": "fp32"}, "base_model_default_dtype is fp32; use adamw"),
+        ({"optimizer": "prodigy", "learning_rate": 1e-4}, "set learning_rate: 1"),
+        ({"optimizer": "schedulefree", "lr_scheduler": "cosine"}, "lr_scheduler is cosine; use constant_with_warmup"),
+        ({"optimizer": "schedulefree", "lr_scheduler": "constant", "optimizer_beta1": 0}, "use 0.9"),
+        ({"optimizer": "adafactor", "optimizer_beta1": 0.5}, "adafactor has no betas"),
+        ({"optimizer_config": "weight_decy=0.1"}, "adamw has no 'weight_decy'; did you mean 'weight_decay'?"),
+        ({"optimizer": "lion", "optimizer_config": "eps=0.1"}, "lion has no 'eps'; it knows weight_decay, decouple_lr"),
+        ({"optimizer_config": {"betas": 0.9}}, "set optimizer_beta1 and optimizer_beta2"),
+        ({"optimizer_config": "weight_decay=much"}, "weight_decay=much is not a number; adamw has weight_decay=0.01"),
+        ({"optimizer_config": "amsgrad=1"}, "amsgrad=1 is not true or false"),
+        ({"optimizer_config": "eps"}, "eps= is not a number"),
+        ({"lr_scheduler": "polynomial", "lr_end": 0.5}, "lr_end (0.5) is above learning_rate (0.0001)"),
         ({"validation_resolution": "100x64"}, "100x64 is not a multiple of 16"),
         ({"validation_resolution": "64,64x"}, "a size is written"),
         ({"validation_resolution": "0x64"}, "not a multiple"),
@@ -206,6 +237,32 @@ def test_legal_edges_pass() -> None:
     assert config.validation.validation_guidance_skip_layers == (0, 3)
     assert check(config) == []
     assert presets.playground(lr_scheduler="constant", max_train_steps=1).max_train_steps == 1
+
+
+def test_what_a_rule_is_told_may_be_text_or_a_mapping() -> None:
+    """``optimizer_config`` reads the same either way, stays hashable and comes back from its file."""
+    text = presets.playground(
+        optimizer="prodigy", optimizer_config="d_coef=0.5, use_bias_correction=true,beta3=none,slice_p=2", learning_rate=1.0
+    )
+    mapping = presets.playground(
+        optimizer="prodigy", optimizer_config={"d_coef": 0.5, "use_bias_correction": True, "beta3": None, "slice_p": 2}, learning_rate=1.0
+    )
+    read = [options_of("prodigy", config.optimizer.optimizer_config) for config in (text, mapping)]
+    assert read[0] == read[1]
+    assert {key: read[0][key] for key in ("d_coef", "use_bias_correction", "beta3", "slice_p", "d0")} == {
+        "d_coef": 0.5, "use_bias_correction": True, "beta3": None, "slice_p": 2, "d0": 1e-6,
+    }  # fmt: skip
+    assert type(read[0]["slice_p"]) is int
+    assert hash(mapping) == hash(mapping.replace())
+
+
+def test_prodigy_multiplies_by_one_when_nothing_is_said() -> None:
+    """Its learning rate is a multiplier: 1 when left out, and what was meant for another rule is refused, also on a change."""
+    base = {"model_flavour": "playground"}
+    assert RunConfig.make(**base, optimizer="prodigy").optimizer.learning_rate == 1.0
+    assert RunConfig.make(**base).optimizer.learning_rate == 1e-4
+    with pytest.raises(ConfigError, match="set learning_rate: 1"):
+        RunConfig.make(**base).replace(optimizer="prodigy")
 
 
 def test_sizes_are_read() -> None:

@@ -17,7 +17,7 @@ from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import Batch, generator, noise
 from sd3tune.training.engine import Engine, Rules
-from sd3tune.training.optim import learning_rate
+from sd3tune.training.schedules import learning_rate
 from sd3tune.validation.evaluate import evaluation_loss
 
 RULES = Rules(

@@ -83,7 +83,9 @@ def test_the_guides_skip_layer_block(tmp_path: Path) -> None:
     found = fates(made)
     assert found["validation_guidance_skip_layers"] == {"taken over", "was silently ignored there"}
     assert found["validation_guidance_skip_scale"] == {"already the default"}
-    assert found["flow_use_uniform_schedule"] == found["flow_schedule_auto_shift"] == {"no counterpart"}
+    assert found["flow_use_uniform_schedule"] == found["flow_schedule_auto_shift"] == {"taken over"}
+    assert made.config.noise.flow_use_uniform_schedule
+    assert made.config.flow_schedule_shift is None
     assert found["sd3_clip_uncond_behaviour"] == {"was silently ignored there"}
     as_text = imported(tmp_path, {**GUIDE, "validation_guidance": "4.0", "validation_guidance_skip_layers": "[7,8,9]"})
     assert as_text.config.validation.validation_guidance_skip_layers == (7, 8, 9)
@@ -99,9 +101,39 @@ def test_the_guides_env_block(tmp_path: Path) -> None:
     assert made.config.optimizer.learning_rate == 4e-5
     assert made.config.prompts == ("a pot, 3",)
     found = fates(made)
-    assert found["optimizer"] == {"no counterpart"}
+    assert made.config.optimizer.optimizer == "adamw_bf16"
     assert found["text_encoder_2_precision"] == {"already the default"}
-    assert "'adamw_bf16' is not there in this version; 'adamw' is used" in str(made)
+    assert "theirs has no working momentum" in str(made)
+
+
+def test_noise_levels_and_rules_mean_the_same_here(tmp_path: Path) -> None:
+    """What won in silence there is said; other names are ours; what cannot be meant has a line; an unset clip is by element."""
+    made = imported(tmp_path, {**GUIDE, "flow_use_uniform_schedule": "true", "flow_use_beta_schedule": "true", "flow_schedule_shift": "0"})
+    assert made.config.noise.flow_use_uniform_schedule
+    assert not made.config.noise.flow_use_beta_schedule
+    assert made.config.flow_schedule_shift == 1.0
+    assert fates(made)["flow_use_beta_schedule"] == {"was silently ignored there"}
+    assert (made.config.optimizer.grad_clip_method, made.config.optimizer.max_grad_norm) == ("value", 2.0)
+    assert fates(made)["grad_clip_method"] == {"taken over"}
+    assert "not set, which means value there" in str(made)
+    made = imported(tmp_path, {**GUIDE, "flow_schedule_auto_shift": True, "flow_schedule_shift": 3, "grad_clip_method": "norm"})
+    assert made.config.flow_schedule_shift is None
+    assert fates(made)["flow_schedule_shift"] == {"was silently ignored there"}
+    assert made.config.optimizer.grad_clip_method == "norm"
+    assert fates(made)["grad_clip_method"] == {"already the default"}
+    for listed in ("801,694,548", [801, 694, 548], "[801, 694, 548]"):
+        made = imported(tmp_path, {**GUIDE, "flow_custom_timesteps": listed, "flow_timesteps_mode": "round-robin"})
+        assert made.config.noise.flow_custom_timesteps == (801, 694, 548)
+    made = imported(tmp_path, {**GUIDE, "flow_cubic_schedule_weights": "[0, 1, 2.5]", "lr_scheduler": "sine", "adam_beta1": 0.9})
+    assert made.config.noise.flow_cubic_schedule_weights == (0, 1, 2.5)
+    assert fates(made)["lr_scheduler"] == {"no counterpart"}
+    assert fates(made)["adam_beta1"] == {"was silently ignored there"}
+    for theirs, ours in (("optimi-lion", "lion"), ("adamw_schedulefree", "schedulefree"), ("bnb-lion8bit-paged", "bnb-lion8bit-paged")):
+        made = imported(tmp_path, {**GUIDE, "optimizer": theirs, "optimizer_config": "weight_decay=0.25", "optimizer_beta1": 0.8})
+        assert (made.config.optimizer.optimizer, made.config.optimizer.optimizer_config) == (ours, "weight_decay=0.25")
+    made = imported(tmp_path, {**GUIDE, "optimizer": "prodigy", "optimizer_config": "nonsense=1"})
+    assert made.config.optimizer.optimizer_config is None
+    assert "prodigy has no 'nonsense'" in str(made)
 
 
 def test_one_meaning_in_every_form(tmp_path: Path) -> None:
@@ -195,7 +227,27 @@ VALUES = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*GUIDE, *SLG, "seed", "max_train_steps", "x", "optimizer", "lora_alpha"]), VALUES, max_size=6))
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                *GUIDE,
+                *SLG,
+                "seed",
+                "max_train_steps",
+                "x",
+                "optimizer",
+                "lora_alpha",
+                "flow_custom_timesteps",
+                "optimizer_config",
+                "flow_schedule_shift",
+                "optimizer_beta1",
+            ]
+        ),
+        VALUES,
+        max_size=6,
+    )
+)
 @settings(deadline=None, max_examples=200)
 def test_any_settings_are_translated_or_refused(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any]) -> None:
     """No value escapes as another exception, and every key has a line."""

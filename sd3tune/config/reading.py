@@ -154,6 +154,8 @@ def replaced(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 
 
 def _finish(flat: dict[str, Any], problems: list[str], where: str) -> RunConfig:
+    if flat.get("optimizer") == "prodigy":
+        flat = {"learning_rate": 1.0, **flat}  # there it is a multiplier
     config, bad = _construct(flat)
     # Cross-field rules run even after field errors, over what is left, so that one report names everything.
     found = [*problems, *bad.values()]

@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from sd3tune.config.optimizers import OPTIMIZERS, as_text
+from sd3tune.config.rules import noise_problems, optimizer_problems
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 """``true`` is not a number of steps, and ``"8"`` is not 8."""
@@ -119,22 +122,92 @@ class Data:
 class Noise:
     """Where between picture (0) and noise (1) the model is trained."""
 
-    flow_schedule_shift: Annotated[float, about("Moves noise levels up; 1 leaves them alone.", above=0, high=20)] = 3.0
+    flow_schedule_shift: Annotated[
+        float | None, about("Moves noise levels up; 3 when left out, and 1 leaves them alone.", above=0, high=20)
+    ] = None
+    flow_schedule_auto_shift: Annotated[
+        bool, about("Shift each batch by its size: 1.88 at 512 px, 3.16 at 1024 px; in place of flow_schedule_shift.")
+    ] = False
     flow_sigmoid_scale: Annotated[float, about("Spread of the logit-normal noise levels.", above=0, high=10)] = 1.0
+    flow_use_uniform_schedule: Annotated[bool, about("Draw noise levels evenly instead of from the logit-normal.")] = False
+    flow_use_beta_schedule: Annotated[bool, about("Draw noise levels from a beta distribution instead.")] = False
+    flow_beta_schedule_alpha: Annotated[float, about("First exponent of the beta distribution; more favours noise.", low=0.1, high=100)] = (
+        2.0
+    )
+    flow_beta_schedule_beta: Annotated[
+        float, about("Second exponent of the beta distribution; more favours the picture.", low=0.1, high=100)
+    ] = 2.0
+    flow_cubic_schedule_weights: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1e6)], ...] | None,
+        about("Density of noise levels at equal steps from 0 to 1, such as [0, 1, 3, 1]; a smooth curve runs through them."),
+    ] = None
+    flow_custom_timesteps: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None,
+        about("Noise levels to train at, not shifted: timesteps of 0 to 1000, or 0 to 1 when none is above 1."),
+    ] = None
+    flow_timesteps_mode: Annotated[
+        Literal["fixed-list", "round-robin"], about("Take one of those timesteps at random, or go through them in order.")
+    ] = "fixed-list"
     stratified: Annotated[bool, about("Spread each batch evenly over the noise levels: the same distribution, calmer.")] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Objective:
+    """What an error costs. The evaluation loss is always the plain square, so that runs compare."""
+
+    loss_type: Annotated[
+        Literal["l2", "huber", "smooth_l1"],
+        about("Cost of an error e: e^2; 2c(sqrt(e^2 + c^2) - c), less for outliers; or that divided by c; c is huber_c."),
+    ] = "l2"
+    huber_c: Annotated[float, about("Error from which huber and smooth_l1 grow like |e| and no longer like e^2.", above=0, high=100)] = 0.1
+    loss_weighting: Annotated[
+        Literal["none", "cosmap", "mode"], about("Weight of a noise level in the gradient, by the formulas of the SD3 paper.")
+    ] = "none"
+    input_perturbation: Annotated[float, about("Extra noise that the model sees and need not find, as a share.", low=0, high=1)] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Optimizer:
     """How the adapter is updated."""
 
-    optimizer: Annotated[Literal["adamw"], about("The update rule.")] = "adamw"
-    learning_rate: Annotated[float, about("Peak learning rate.", above=0, high=1, live=True)] = 1e-4
+    optimizer: Annotated[
+        Literal[
+            "adamw", "adamw_bf16", "stableadamw", "lion", "adafactor", "prodigy", "schedulefree", "bnb-adamw8bit", "bnb-adamw8bit-paged",
+            "bnb-lion8bit", "bnb-lion8bit-paged",
+        ],
+        about("The update rule. " + "; ".join(f"{name}: {known}" for name, known in OPTIMIZERS.items())),
+    ] = "adamw"  # fmt: skip
+    optimizer_config: Annotated[
+        str | None, BeforeValidator(as_text), about('What the rule should do otherwise, such as "weight_decay=0.1,eps=1e-6", or a mapping.')
+    ] = None
+    optimizer_beta1: Annotated[
+        float | None, about("How much of the mean gradient stays; the rule's own when left out.", low=0, high=0.9999)
+    ] = None
+    optimizer_beta2: Annotated[
+        float | None,
+        about("How much of the mean square stays (of the mean, for lion); the rule's own when left out.", low=0, high=0.999999),
+    ] = None
+    learning_rate: Annotated[
+        float,
+        about(
+            "Peak learning rate; for prodigy a multiplier, 1 when left out; for adafactor relative to the weights; lion wants a tenth.",
+            above=0,
+            high=1,
+            live=True,
+        ),
+    ] = 1e-4
     lr_scheduler: Annotated[
-        Literal["constant", "constant_with_warmup", "cosine"], about("Course of the learning rate; the last two warm up.")
+        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        about("Course of the learning rate; all but the first warm up."),
     ] = "constant_with_warmup"
     lr_warmup_steps: Annotated[int, about("Updates over which the rate rises from zero.", low=0, high=MANY, unit="updates")] = 20
-    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0, high=1_000_000)] = 1.0
+    lr_num_cycles: Annotated[int, about("Cosines of cosine_with_restarts.", low=1, high=1000)] = 1
+    lr_power: Annotated[float, about("Power of polynomial; 1 is a straight line.", above=0, high=10)] = 0.8
+    lr_end: Annotated[float, about("Rate at which polynomial ends.", low=0, high=1)] = 4e-7
+    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0, high=1_000_000, live=True)] = 1.0
+    grad_clip_method: Annotated[
+        Literal["norm", "value"], about("Hold max_grad_norm against the length of the whole gradient, or against each element.")
+    ] = "norm"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -205,6 +278,7 @@ class RunConfig:
     adapter: Adapter = Field(default_factory=Adapter)
     data: Data = Field(default_factory=Data)
     noise: Noise = Field(default_factory=Noise)
+    objective: Objective = Field(default_factory=Objective)
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     validation: Validation = Field(default_factory=Validation)
@@ -255,6 +329,13 @@ class RunConfig:
         return self.adapter.lora_alpha or float(self.adapter.lora_rank)
 
     @property
+    def flow_schedule_shift(self) -> float | None:
+        """The shift of noise levels, 3 unless it was set; ``None`` when it follows each batch's size."""
+        if self.noise.flow_schedule_auto_shift:
+            return None
+        return 3.0 if self.noise.flow_schedule_shift is None else self.noise.flow_schedule_shift
+
+    @property
     def prompts(self) -> tuple[str, ...]:
         """The validation prompts as a tuple."""
         given = self.validation.validation_prompt
@@ -280,7 +361,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 SECTION_CLASSES: dict[str, type] = {
-    "model": Model, "adapter": Adapter, "data": Data, "noise": Noise, "optimizer": Optimizer, "schedule": Schedule,
+    "model": Model, "adapter": Adapter, "data": Data, "noise": Noise, "objective": Objective, "optimizer": Optimizer, "schedule": Schedule,
     "validation": Validation, "evaluation": Evaluation, "run": Run,
 }  # fmt: skip
 
@@ -308,9 +389,7 @@ def check(config: RunConfig) -> list[str]:
         problems.append("use_dora needs the base's weights whole; use base_model_precision: no_change or nf4-bnb, or switch it off")
     if schedule.max_train_steps and schedule.num_train_epochs:
         problems.append("max_train_steps and num_train_epochs are both set; keep one")
-    warmup, steps = config.optimizer.lr_warmup_steps, config.max_train_steps
-    if config.optimizer.lr_scheduler != "constant" and steps and warmup > steps:
-        problems.append(f"lr_warmup_steps ({warmup}) is longer than the run (max_train_steps = {steps})")
+    problems += [*noise_problems(config.noise), *optimizer_problems(config)]
     try:
         for width, height in config.validation_sizes:
             if width % 16 or height % 16 or not width or not height:

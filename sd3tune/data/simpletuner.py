@@ -9,18 +9,17 @@ import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from sd3tune.config.reading import LEAVES, NOT_YAML, build, dump, nearest, values_refused
 from sd3tune.config.schema import SECTION_CLASSES, RunConfig
 from sd3tune.data.entries import EMBEDS, UNNECESSARY, entry_of
+from sd3tune.data.simpletuner_training import Fate, settled
 from sd3tune.errors import ConfigError, FileError
 from sd3tune.files import write_text
 from sd3tune.shown import Shown
-
-Fate = Literal["taken over", "renamed", "already the default", "not needed", "no counterpart", "was silently ignored there"]
 
 RENAMED = {
     "checkpointing_steps": "checkpoint_step_interval",
@@ -47,6 +46,10 @@ IGNORED_THERE = {
     "sd3_t5_uncond_behaviour": "it is read nowhere: the empty text was encoded whatever it said",
     "offset_noise": "flow-matching models never get it",
     "noise_offset": "flow-matching models never get it",
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+        "only DeepSpeed reads it; use optimizer_config, optimizer_beta1 and optimizer_beta2",
+    ),
 }
 """Keys that SimpleTuner accepts for SD3 and does not obey."""
 
@@ -202,7 +205,9 @@ def settings_of(given: dict[str, Any], where: str) -> tuple[RunConfig, list[Line
     if "max_train_steps" in flat and "num_train_epochs" in flat:
         flat.pop("num_train_epochs")
         said["num_train_epochs"] = Line("", "num_train_epochs", "not needed", "max_train_steps decides")
-    for name, problem in values_refused(flat).items():
+    flat, notes = settled(flat)
+    refused = values_refused(flat)
+    for name, problem in refused.items():
         value = flat.pop(name)
         default = SECTION_CLASSES[LEAVES[name]].__pydantic_fields__[name].default  # type: ignore[attr-defined]
         said[name] = Line("", said[name].key, "no counterpart", f"{value!r} is not there in this version; {default!r} is used. {problem}")
@@ -210,6 +215,9 @@ def settings_of(given: dict[str, Any], where: str) -> tuple[RunConfig, list[Line
         default = SECTION_CLASSES[LEAVES[name]].__pydantic_fields__[name].default  # type: ignore[attr-defined]
         if value == default:
             said[name] = Line("", said[name].key, "already the default", f"{name} = {value!r}")
+    for name, (fate, why) in notes.items():
+        if name not in refused:
+            said[name] = Line("", said[name].key if name in said else name, fate, why)
     return build(flat, where), [*said.values(), *report]
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,9 @@ from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import Batches, fold, generator, noise
-from sd3tune.training.optim import learning_rate, new_adamw, optimizer_tensors, restore_optimizer
+from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
+from sd3tune.training.rules import Rules
+from sd3tune.training.schedules import learning_rate
 
 
 class TransformerVelocity:
@@ -38,25 +40,6 @@ class TransformerVelocity:
                 hidden_states=noisy_BCHW.to(self._dtype), timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD.to(self._dtype),
                 pooled_projections=pooled_BP.to(self._dtype), return_dict=False,
             )[0]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The numbers an update needs."""
-
-    seed: int
-    accumulation: int
-    sigmoid_scale: float
-    shift: float
-    stratified: bool
-    schedule: str
-    warmup: int
-    total: int
-    max_grad_norm: float
-    scaled: bool = False
-    """Multiply the loss, so that gradients do not vanish in fp16."""
-    ema_decay: float | None = None
-    ema_interval: int = 1
 
 
 HIGHEST_SCALE = 2.0**15
@@ -85,22 +68,25 @@ class Engine:
         self.velocity, self.weights, self.batches, self.rules = velocity, dict(weights), batches, rules
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
-        self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()} if rules.ema_decay is not None else {}
-        self._optimizer = new_adamw(self.weights)
+        self._optimizer = new_optimizer(rules.rule, self.weights, seed=rules.seed)
+        self.ema = {name: weight.detach().clone().float() for name, weight in self.weights.items()} if rules.ema_decay is not None else {}
+        self._aside: dict[str, Tensor] = {}
         self._device = next(iter(self.weights.values())).device
 
-    def update(self, *, peak_learning_rate: float) -> StepRecord:
+    def update(self, *, peak_learning_rate: float, max_grad_norm: float | None = None) -> StepRecord:
         """Do one update. Everything is measured and checked before the optimizer changes anything.
 
         Raises: TrainingError when the gradient is not finite; the adapter is then unchanged.
         """
         started, rules = time.perf_counter(), self.rules
+        most = rules.max_grad_norm if max_grad_norm is None else max_grad_norm
+        self._put_back()
         indices = range(self.updates * rules.accumulation, (self.updates + 1) * rules.accumulation)
         images = sum(len(self.batches.placements(k)) for k in indices)
-        parts, grad_norm = self._gradient(indices, images)
+        parts, grad_norm = self._gradient(indices, images, most)
         while not math.isfinite(grad_norm) and self._scale > 1:  # an overflow of fp16: the same batches again, multiplied by less
             self._scale, self._calm = self._scale / 2, 0
-            parts, grad_norm = self._gradient(indices, images)
+            parts, grad_norm = self._gradient(indices, images, most)
         losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
         items = tuple(i for part in parts for i in part.ids)
         step = self.updates + 1
@@ -110,7 +96,10 @@ class Engine:
                 f"step {step}: the gradient is {grad_norm} (losses {[round(v, 4) for v in losses]}, items {list(items)}). The adapter "
                 "is unchanged. Lower learning_rate, or look at these items with the catalog."
             )
-        rate = learning_rate(self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total)
+        rate = learning_rate(
+            self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total, cycles=rules.cycles,
+            power=rules.power, end=rules.end,
+        )  # fmt: skip
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         self.updates = step
@@ -124,7 +113,7 @@ class Engine:
             peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
 
-    def _gradient(self, indices: range, images: int) -> tuple[list[_Part], float]:
+    def _gradient(self, indices: range, images: int, most: float) -> tuple[list[_Part], float]:
         """The gradient of the mean loss over some batches, clipped; its norm before that."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
@@ -134,14 +123,14 @@ class Engine:
             for weight in self.weights.values():
                 if weight.grad is not None:
                     weight.grad.div_(self._scale)
-        return parts, float(nn.utils.clip_grad_norm_(self.weights.values(), self.rules.max_grad_norm))
+        return parts, clip(self.weights, most, self.rules.clip_method)
 
     def _follow(self, step: int) -> None:
         """What comes after the optimizer: the average of the weights, and a larger scale after a calm stretch."""
         rules = self.rules
         if rules.ema_decay is not None and step % rules.ema_interval == 0:
             for name, mean in self.ema.items():
-                mean.lerp_(self.weights[name].detach(), 1 - ema_decay(step // rules.ema_interval, rules.ema_decay))
+                mean.lerp_(self.weights[name].detach().float(), 1 - ema_decay(step // rules.ema_interval, rules.ema_decay))
         if rules.scaled:
             self._calm += 1
             if self._calm % CALM == 0:
@@ -160,17 +149,49 @@ class Engine:
     def _backward(self, k: int, images: int) -> _Part:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
         rules, batch = self.rules, self.batches[k]
+        shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
         sigma_B = sigmas.draw(
-            len(batch.ids), scale=rules.sigmoid_scale, factor=rules.shift, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
-            offset=batch.sigma_offset,
+            shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
+            offset=batch.sigma_offset, spread=rules.spread, k=k,
         )  # fmt: skip
-        noise_BCHW = noise(batch.latent_BCHW.shape, seed=rules.seed, k=k)
+        noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(self._device), None
+        if rules.perturbation:
+            extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(self._device)
         loss_B = flow.loss(
             self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
-            sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW.to(self._device),
+            sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
         )  # fmt: skip
-        (loss_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
+        weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(self._device)
+        (weighted_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
         return _Part(batch.ids, sigma_B, loss_B.detach())
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """The weights that are to be judged, for the duration of the block or until the next update; then those that train, bit by bit."""
+        better = averaged(self._optimizer, self.weights)
+        swapped = bool(better) and not self._aside
+        if swapped:
+            self._aside = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            self._take(better)
+        try:
+            yield
+        finally:
+            if swapped:
+                self._put_back()
+
+    def _put_back(self) -> None:
+        self._take(self._aside)
+        self._aside = {}
+
+    @torch.no_grad()
+    def _take(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.weights[name].copy_(value)
+
+    def result(self) -> dict[str, Tensor]:
+        """The adapter to save for use, in fp32: the weights, or the average that schedule-free training judges."""
+        with self.judged():
+            return {name: weight.detach().clone().float().cpu() for name, weight in self.weights.items()}
 
     def _assert_moved(self) -> None:
         """Ten updates must have moved every B away from zero."""
@@ -182,10 +203,14 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Adapter, optimizer moments and updates done: all that an update reads and that is not a function of (config, cache, k)."""
-        adapter = {name: weight.detach().clone().cpu() for name, weight in self.weights.items()}
-        moments = {key: value.cpu() for key, value in optimizer_tensors(self._optimizer, self.weights).items()}
+        adapter = {name: self._aside.get(name, weight.detach()).clone().cpu() for name, weight in self.weights.items()}
+        tensors, numbers = optimizer_state(self._optimizer, self.weights)
+        moments = {key: value.cpu() for key, value in tensors.items()}
         mean = {f"ema.{name}": value.cpu() for name, value in self.ema.items()}
-        return {"adapter": adapter, "optimizer": {**moments, **mean}, "updates": self.updates, "loss_scale": [self._scale, self._calm]}
+        return {
+            "adapter": adapter, "optimizer": {**moments, **mean}, "optimizer_numbers": numbers, "updates": self.updates,
+            "loss_scale": [self._scale, self._calm],
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo `state_dict`. Raises: CheckpointError when the state is of another adapter; nothing is changed then."""
@@ -194,11 +219,10 @@ class Engine:
         differing = {name for name, _ in {(n, t.shape) for n, t in adapter.items()} ^ set(shapes.items())}
         if differing:
             raise CheckpointError(f"the checkpoint is of another adapter: {len(differing)} weights differ, e.g. {min(differing)}")
-        with torch.no_grad():
-            for name, tensor in adapter.items():
-                self.weights[name].copy_(tensor)
+        self._aside = {}
+        self._take(adapter)
         moments = {key: value for key, value in state["optimizer"].items() if not key.startswith("ema.")}
-        restore_optimizer(self._optimizer, self.weights, moments)
+        restore_optimizer(self._optimizer, self.weights, moments, state.get("optimizer_numbers", {}))
         for name, mean in self.ema.items():
             mean.copy_(state["optimizer"].get(f"ema.{name}", self.weights[name].detach()))
         if self.rules.scaled:

@@ -11,9 +11,17 @@ from sd3tune.data.buckets import Bucket, Placement
 from sd3tune.records import EvalRecord
 from sd3tune.training import flow
 from sd3tune.training.batches import load, noise
+from sd3tune.training.rules import Rules
+from sd3tune.training.sigmas import common_factor, ladder
 
 EVAL_SEED = 0
 """Apart from the run's seed, so that runs with different seeds are judged alike."""
+
+
+def evaluation_levels(rules: Rules, placements: Sequence[Placement], count: int) -> tuple[float, ...]:
+    """The fixed noise levels of every evaluation: those of training in equal parts; a shift by size is that of the mean size."""
+    factor = common_factor(rules.shift, [(p.bucket.height // 8, p.bucket.width // 8) for p in placements])
+    return ladder(count, scale=rules.sigmoid_scale, factor=factor, spread=rules.spread)
 
 
 def evaluation_loss(

@@ -1,0 +1,81 @@
+"""What SimpleTuner means by its settings of noise levels, optimizer and clipping, where ours need other words."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sd3tune.config.optimizers import OPTIMIZERS, options_of
+
+OPTIMIZER_NAMES = {
+    "torch-adamw": "adamw", "optimi-stableadamw": "stableadamw", "optimi-lion": "lion", "torch-adafactor": "adafactor",
+    "adamw_schedulefree": "schedulefree",
+}  # fmt: skip
+"""Their name of an update rule -> ours, where they differ."""
+
+SPREADS = ("flow_custom_timesteps", "flow_cubic_schedule_weights", "flow_use_uniform_schedule", "flow_use_beta_schedule")
+"""Their settings of how noise levels spread; there the first that is set wins."""
+
+CLIPPING = {"grad_clip_method": "value", "max_grad_norm": 2.0}
+"""What theirs are when they are not set."""
+
+Fate = Literal["taken over", "renamed", "already the default", "not needed", "no counterpart", "was silently ignored there"]
+Notes = dict[str, tuple[Fate, str]]
+"""Setting -> what became of it and why."""
+
+
+def settled(flat: dict[str, Any]) -> tuple[dict[str, Any], Notes]:
+    """Their settings as ours mean the same, and a note for each one that is not simply taken over."""
+    made, notes = dict(flat), Notes()
+    _noise(made, notes)
+    _optimizer(made, notes)
+    unset = [name for name in CLIPPING if name not in made]
+    for name in unset:
+        made[name] = CLIPPING[name]
+        notes[name] = ("taken over", f"it is not set, which means {CLIPPING[name]} there: each element is limited, and hardly one ever is")
+    if "grad_clip_method" in unset:
+        notes["grad_clip_method"] = ("taken over", "it is not set, which means value there: each element is clamped to max_grad_norm")
+    return made, notes
+
+
+def _noise(made: dict[str, Any], notes: Notes) -> None:
+    chosen = [name for name in SPREADS if made.get(name)]
+    for name in chosen[1:]:
+        made.pop(name)
+        notes[name] = ("was silently ignored there", f"{chosen[0]} wins over it")
+    for name in ("flow_custom_timesteps", "flow_cubic_schedule_weights"):
+        if isinstance(given := made.get(name), str):
+            parts = given.strip("[]() ").replace(";", ",").split(",")
+            made[name] = tuple(float(part) for part in parts) if all(map(_is_number, parts)) else given
+    if made.get("flow_schedule_auto_shift") is True and "flow_schedule_shift" in made:
+        made.pop("flow_schedule_shift")
+        notes["flow_schedule_shift"] = ("was silently ignored there", "flow_schedule_auto_shift wins over it")
+    elif made.get("flow_schedule_shift") == 0 and made["flow_schedule_shift"] is not False:
+        made["flow_schedule_shift"] = 1.0
+        notes["flow_schedule_shift"] = ("taken over", "0 switched it off there; flow_schedule_shift = 1.0 does here")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _optimizer(made: dict[str, Any], notes: Notes) -> None:
+    name = made.get("optimizer")
+    if isinstance(name, str) and name in OPTIMIZER_NAMES:
+        made["optimizer"] = OPTIMIZER_NAMES[name]
+        notes["optimizer"] = ("renamed", f"optimizer = {OPTIMIZER_NAMES[name]!r}")
+    if name == "adamw_bf16":
+        notes["optimizer"] = (
+            "taken over",
+            "a correct one: theirs has no working momentum and longer steps, so learning rates do not carry over",
+        )
+    rule = made.get("optimizer", "adamw")
+    if isinstance(given := made.get("optimizer_config"), str) and rule in OPTIMIZERS:
+        try:
+            options_of(rule, given)
+        except ValueError as error:
+            made.pop("optimizer_config")
+            notes["optimizer_config"] = ("no counterpart", str(error))

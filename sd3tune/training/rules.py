@@ -1,0 +1,43 @@
+"""The numbers of an update: all that mathematics is told of a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sd3tune.training import flow
+from sd3tune.training.optim import Rule
+from sd3tune.training.spreads import Spread
+
+ADAMW = Rule()
+"""The default."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The numbers an update needs."""
+
+    seed: int
+    accumulation: int
+    sigmoid_scale: float
+    shift: float | None
+    """``None`` follows each batch's size."""
+    stratified: bool
+    schedule: str
+    warmup: int
+    total: int
+    max_grad_norm: float
+    spread: Spread | None = None
+    """A logit-normal of ``sigmoid_scale`` when left out."""
+    measure: flow.Measure = flow.L2
+    weighting: str = "none"
+    perturbation: float = 0.0
+    """Size of the extra noise that the model sees and need not find."""
+    rule: Rule = ADAMW
+    cycles: int = 1
+    power: float = 1.0
+    end: float = 0.0
+    clip_method: str = "norm"
+    scaled: bool = False
+    """Multiply the loss, so that gradients do not vanish in fp16."""
+    ema_decay: float | None = None
+    ema_interval: int = 1

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("what", choices=("inspect", "verify", "convert", "merge"))
     lora.add_argument("file", help="a .safetensors file")
     lora.add_argument("--to", choices=("diffusers", "comfyui"), default="diffusers", help="convert: the layout (%(default)s)")
+    lora.add_argument("--rank", type=int, help="convert: the nearest LoRA of this rank, of LoKr, LoHa, full, or a LoRA of a higher rank")
     lora.add_argument("--out", metavar="PATH", help="convert: the file to write; merge: the folder of the merged transformer")
     lora.add_argument("--strength", type=float, default=1.0, help="merge: how much of the change (%(default)s)")
     lora.add_argument("--config", help="verify, merge: the YAML file that names the model; the playground's preset when left out")
@@ -191,10 +192,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _lora(options: argparse.Namespace) -> None:
-    from sd3tune.models import lora_files, lora_layouts, merging
+    from sd3tune.models import decomposing, lora_files, lora_layouts, merging
 
     file = Path(options.file)
-    lora = lora_layouts.read(file)
+    if options.what == "convert" and options.rank is not None:
+        if options.rank < 1:
+            raise ConfigError(["--rank is a number from 1"], "sd3tune lora")
+        made = decomposing.as_lora(file, options.rank)
+        lora = made.lora
+        print(f"rank {options.rank}: {made}")
+    else:
+        lora = lora_layouts.read(file)
     if options.what == "inspect":
         print(lora)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, DataError, TrainingError
 from sd3tune.files import digest, write_text
 from sd3tune.manifest import Manifest, describe
-from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters
+from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters, starting
 from sd3tune.models.lora_files import save_lora
 from sd3tune.models.lora_layouts import Layout
+from sd3tune.models.modelspec import modelspec
 from sd3tune.models.tokens import truncated
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, SegmentRecord, StepRecord
 from sd3tune.run_folder import History, RunFolder, log_level, open_log
@@ -64,6 +65,7 @@ class Trainer:
             self.network, weights = lycoris_adapters.add_lycoris(self.transformer, lycoris, seed=config.schedule.seed)
         else:
             weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
+        begun = begin(config, weights) if folder is None else ""
         batches = Batches(
             cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw
         )
@@ -80,7 +82,7 @@ class Trainer:
         if folder is None:
             config.save(self.folder.config)
             write_text(self.folder.manifest, json.dumps(self.manifest.as_dict(), indent=1) + "\n")
-            self._log.info("run folder %s\n%s", self.folder.path, self.manifest)
+            self._log.info("run folder %s\n%s%s", self.folder.path, begun + "\n" * bool(begun), self.manifest)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -190,7 +192,7 @@ class Trainer:
 
     def validation(self) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
-        with self._evaluating():
+        with self._evaluating(self.config.validation.validation_lycoris_strength):
             for record in self._validator.draw(self.config, self.folder, self.steps_done):
                 yield record if isinstance(record, PreviewRecord) else self._tell(record)
         self.grid().save(self.folder.grid)
@@ -216,7 +218,8 @@ class Trainer:
 
         Raises: CheckpointError when the file is not what it should be; FileError.
         """
-        weights, notes = self.engine.ema if ema else self.engine.result(), {"sd3tune.step": str(self.steps_done)}
+        weights = self.engine.ema if ema else self.engine.result()
+        notes = {"sd3tune.step": str(self.steps_done), **modelspec(self.config, self.cache.plan, Path(path).stem)}
         if self.network is not None:
             lycoris = lycoris_adapters.read_config(self.config.adapter.lycoris_config)
             verified = lycoris_adapters.save_lycoris(Path(path), self.network, weights, notes, lycoris)
@@ -275,17 +278,23 @@ class Trainer:
             raise ConfigError([f"validation_guidance_skip_layers: {wrong} is beyond this model's blocks, 0 to {depth - 1}"])
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode (no adapter dropout) for the duration of the block."""
+    def _evaluating(self, strength: float = 1.0) -> Iterator[None]:
+        """The model in evaluation mode (no adapter dropout), with a share of a LyCORIS adapter's change, for the duration of the block."""
         models = [self.transformer, *([self.network] if self.network is not None else [])]
+        layers = [] if self.network is None or strength == 1 else self.network.loras
+        before = [layer.multiplier for layer in layers]
         for model in models:
             model.eval()
+        for layer in layers:
+            layer.multiplier = strength * layer.multiplier
         try:
             with self.engine.judged():
                 yield
         finally:
             for model in models:
                 model.train()
+            for layer, multiplier in zip(layers, before, strict=True):
+                layer.multiplier = multiplier
 
 
 @contextmanager
@@ -307,7 +316,19 @@ def interrupts_deferred() -> Iterator[None]:
 def spec_of(config: RunConfig) -> adapters.Spec:
     """The adapter that a configuration describes."""
     a = config.adapter
-    return adapters.Spec(a.lora_targets, a.lora_rank, config.lora_alpha, a.lora_dropout, a.use_dora, a.lora_init_type)
+    return adapters.Spec(
+        a.lora_targets, a.lora_rank, config.lora_alpha, a.lora_dropout, a.use_dora, a.lora_init_type, a.lora_rank_pattern or {}
+    )
+
+
+def begin(config: RunConfig, weights: Mapping[str, Any]) -> str:
+    """Give a new adapter the weights of ``init_lora``, if it is set, and say so. Raises: CheckpointError."""
+    path = config.adapter.init_lora
+    if path is None:
+        return ""
+    if config.adapter.lora_type == "lycoris":
+        return starting.begin_lycoris(Path(path), weights)
+    return starting.begin_with(Path(path), weights, spec_of(config))
 
 
 def rules_of(config: RunConfig, made: Plan) -> Rules:
@@ -319,6 +340,7 @@ def rules_of(config: RunConfig, made: Plan) -> Rules:
         shift=config.flow_schedule_shift, stratified=config.noise.stratified, schedule=o.lr_scheduler, warmup=o.lr_warmup_steps,
         total=made.steps, max_grad_norm=o.max_grad_norm, scaled=config.model.mixed_precision == "fp16",
         ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None, ema_interval=config.adapter.ema_update_interval,
+        ema_device=None if config.adapter.ema_device == "accelerator" else "cpu",
         spread=spread_of(config), measure=Measure(objective.loss_type, objective.huber_c), weighting=objective.loss_weighting,
         perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
         cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sd3tune"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "recipe" not in p.parts]
 
 PUBLIC = {
-    "doctor", "download_dataset",
+    "doctor", "download_dataset", "free",
     "RunConfig", "presets", "check", "discover", "Catalog", "plan", "Plan", "encoders", "CacheBuilder", "Cache", "Batches", "Trainer",
     "StepRecord", "runs", "Sd3TuneError", "ConfigError", "DataError", "CacheError", "ModelError", "FileError", "CheckpointError",
     "TrainingError", "from_simpletuner",

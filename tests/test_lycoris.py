@@ -104,7 +104,7 @@ def test_options_reach_lycoris_as_they_are(bench: Workbench, tmp_path: Path) -> 
 
 def test_a_lycoris_run_resumes_bitwise(bench: Workbench, tmp_path: Path) -> None:
     """6 updates are 3 + 3."""
-    values = {"lora_type": "lycoris", "lycoris_config": written(tmp_path, algo="lokr", factor=4)}
+    values: dict[str, Any] = {"lora_type": "lycoris", "lycoris_config": written(tmp_path, algo="lokr", factor=4)}
     whole, half = bench.trainer(**values), bench.trainer(**values)
     for _ in range(6):
         whole.step()
@@ -137,10 +137,71 @@ def test_wrong_files(tmp_path: Path, content: str, says: str) -> None:
 
 def test_contradictions(bench: Workbench, tmp_path: Path) -> None:
     """What cannot be is refused when the configuration is made, or before the first update."""
-    with pytest.raises(st.ConfigError, match="lora_type lycoris needs a base that is not quantised"):
-        st.presets.playground(lora_type="lycoris", base_model_precision="int8-quanto")
+    quantised = bench.config(lora_type="lycoris", lycoris_config=written(tmp_path, algo="full"), base_model_precision="int8-quanto")
+    with pytest.raises(st.ConfigError, match="algo full needs base_model_precision: no_change"):
+        st.Trainer(quantised, bench.cache(quantised))
+    with pytest.raises(st.ConfigError, match="lora_rank_pattern is about LoRA"):
+        st.presets.playground(lora_type="lycoris", lora_rank_pattern={"to_q": 2})
     with pytest.raises(st.ConfigError, match="lycoris_config is set, but lora_type is standard"):
         st.presets.playground(lycoris_config="x.json")
     config = bench.config(lora_type="lycoris", lycoris_config=written(tmp_path, algo="lokr", apply_preset={"target_module": ["Nothing"]}))
     with pytest.raises(st.ConfigError, match="apply_preset matches no layer"):
         st.Trainer(config, bench.cache(config))
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto", "nf4-bnb", "int2-quanto"])
+@pytest.mark.parametrize(
+    "values",
+    [{"algo": "lokr", "factor": 4}, {"algo": "loha"}, {"algo": "lora"}, {"algo": "glora"}],
+    ids=lambda v: v["algo"],
+)
+def test_lycoris_on_a_quantised_base(bench: Workbench, tmp_path: Path, values: dict[str, Any], precision: str) -> None:
+    """The gradients are those on the same base with its weights written out, and the file is read by the rules of any other."""
+    from torch import nn
+
+    from sd3tune.models.lycoris_adapters import add_lycoris
+    from sd3tune.models.quantize import dequantised, put
+
+    config = read_config(written(tmp_path, **values))
+    gradients = []
+    for whole in (False, True):
+        model = st.models.components.load_transformer(bench.config(base_model_precision=precision), torch.device("cpu"))
+        for name, module in list(model.named_modules()):
+            if whole and type(module) is not nn.Linear and isinstance(module, nn.Linear):
+                plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                plain.weight = nn.Parameter(dequantised(module).float().reshape(module.out_features, -1), requires_grad=False)
+                plain.bias = module.bias
+                put(model, name, plain)
+        network, weights = add_lycoris(model, config, seed=0)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+        network.eval()
+        g, c = torch.Generator().manual_seed(0), model.config
+        shapes = ((1, 16, 8, 8), (1, 32, c.joint_attention_dim), (1, c.pooled_projection_dim))
+        x, t, p = (torch.randn(shape, generator=g) for shape in shapes)
+        model(
+            hidden_states=x, encoder_hidden_states=t, pooled_projections=p, timestep=torch.tensor([400.0])
+        ).sample.square().mean().backward()
+        gradients.append(torch.cat([w.grad.flatten() for w in weights.values() if w.grad is not None]))
+    assert len(gradients[0]) == len(gradients[1]) > 1000
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-3
+
+
+def test_strength_of_the_validation_pictures(bench: Workbench, tmp_path: Path) -> None:
+    """At strength 0 the pictures are the base's, at 1 they are not, and training goes on as if nothing had been drawn."""
+    values = {
+        "lora_type": "lycoris",
+        "lycoris_config": written(tmp_path, algo="lokr", factor=4),
+        "lr_warmup_steps": 0,
+        "learning_rate": 2e-3,
+    }
+    trainer, quiet = bench.trainer(validation_lycoris_strength=0.0, **values), bench.trainer(**values)
+    base = trainer.validate().rows[0][1][0].tobytes()
+    for _ in range(4):
+        trainer.step()
+        quiet.step()
+    assert trainer.validate().rows[1][1][0].tobytes() == base
+    trainer.set(validation_lycoris_strength=1.0)
+    assert trainer.step().loss == quiet.step().loss
+    assert trainer.validate().rows[1][1][0].tobytes() != base

@@ -34,11 +34,13 @@ def stats(root: str | Path) -> Stats:
     """What lies in a cache folder. Raises: CacheError when there is none."""
     store = opened(root)
     shards = {kind: store.shards(kind) for kind in KINDS}
+    models = list((store.root / "models").glob("*.safetensors"))  # bases that were quantised once
+    sizes = {kind: sum(shard.stamp.size for shard in rows) for kind, rows in shards.items()}
     return Stats(
         store.root,
-        {kind: sum(1 for _ in store.entries(kind)) for kind in KINDS},
-        {kind: len(rows) for kind, rows in shards.items()},
-        {kind: sum(shard.stamp.size for shard in rows) for kind, rows in shards.items()},
+        {kind: sum(1 for _ in store.entries(kind)) for kind in KINDS} | {"models": len(models)},
+        {kind: len(rows) for kind, rows in shards.items()} | {"models": len(models)},
+        sizes | {"models": sum(file.stat().st_size for file in models)},
     )
 
 

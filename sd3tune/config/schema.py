@@ -86,9 +86,14 @@ class Adapter:
     lora_init_type: Annotated[
         Literal["default", "gaussian"], about("How A begins: as peft does (Kaiming), or as a Gaussian; B begins with zeros.")
     ] = "default"
+    lora_rank_pattern: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=1024)]] | None, about("Other ranks for layers whose name ends so, such as {to_out.0: 4}.")
+    ] = None
+    init_lora: Annotated[str | None, about("A LoRA file to begin with, of any tool; LyCORIS needs one of the same kind.")] = None
     use_ema: Annotated[bool, about("Also keep a running average of the adapter, saved beside it.")] = False
     ema_decay: Annotated[float, about("How much of the average stays at each of its updates, at most.", low=0, high=1)] = 0.995
     ema_update_interval: Annotated[int, about("Updates between two of the average's.", low=1, high=10_000, unit="updates")] = 1
+    ema_device: Annotated[Literal["accelerator", "cpu"], about("Where the average is kept.")] = "accelerator"
     use_dora: Annotated[bool, about("Learn each weight's length and direction apart; about a third slower.")] = False
 
 
@@ -247,6 +252,9 @@ class Validation:
     validation_guidance_skip_layers_stop: Annotated[
         float, about("Share of the steps at which skip-layer guidance ends.", low=0, high=1, live=True)
     ] = 0.2
+    validation_lycoris_strength: Annotated[
+        float, about("How much of a LyCORIS adapter's change the pictures are drawn with.", low=0, high=10, live=True)
+    ] = 1.0
     validation_guidance_skip_scale: Annotated[float, about("Strength of skip-layer guidance.", low=0, high=30, live=True)] = 2.8
 
 
@@ -381,8 +389,8 @@ def check(config: RunConfig) -> list[str]:
         problems.append("no base model: set model_flavour (such as sd35-medium) or pretrained_model_name_or_path (a folder)")
     if config.adapter.lora_targets == ():
         problems.append("lora_targets is an empty list, so nothing would learn; name layers, or write attention")
-    if config.adapter.lora_type == "lycoris" and config.model.base_model_precision != "no_change":
-        problems.append("lora_type lycoris needs a base that is not quantised here; set base_model_precision: no_change")
+    if config.adapter.lora_type == "lycoris" and config.adapter.lora_rank_pattern:
+        problems.append("lora_rank_pattern is about LoRA; in lycoris_config it is apply_preset's module_algo_map")
     if config.adapter.lora_type == "standard" and config.adapter.lycoris_config:
         problems.append("lycoris_config is set, but lora_type is standard; set lora_type: lycoris, or remove it")
     if config.adapter.use_dora and config.model.base_model_precision.endswith("quanto"):

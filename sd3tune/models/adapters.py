@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Spec:
     dropout: float = 0.0
     dora: bool = False
     init: str = "default"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for layers whose name ends so; alpha / rank is the same everywhere."""
 
 
 def endings(targets: Targets) -> list[str]:
@@ -51,12 +54,13 @@ def lora_config(spec: Spec) -> Any:
 
     return LoraConfig(
         r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=endings(spec.targets), use_dora=spec.dora,
+        rank_pattern=dict(spec.ranks), alpha_pattern={ending: spec.alpha / spec.rank * rank for ending, rank in spec.ranks.items()},
         init_lora_weights=True if spec.init == "default" else spec.init,
     )  # fmt: skip
 
 
-def check_targets(transformer: Any, targets: Targets) -> None:
-    """Raises: ConfigError for each ending that no linear layer of the model has, with the nearest one."""
+def check_targets(transformer: Any, targets: Targets, ranks: Iterable[str] = ()) -> None:
+    """Raises: ConfigError for each ending that no linear layer of the model has, with the nearest one, and for ranks of no adapter."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     parts = [re.sub(r"^\w+\.\d+\.", "", name).split(".") for name in names]
     known = {".".join(part[i:]) for part in parts for i in range(len(part)) if part[i].isidentifier()}
@@ -66,6 +70,10 @@ def check_targets(transformer: Any, targets: Targets) -> None:
             close = difflib.get_close_matches(ending, sorted(known), n=1, cutoff=0.6)
             better = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted({'.'.join(part) for part in parts}))}"
             problems.append(f"lora_targets: no linear layer of this model is called {ending!r}; {better}")
+    chosen = [name for name in names if any(name == ending or name.endswith("." + ending) for ending in endings(targets))]
+    for pattern in ranks:
+        if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in chosen):
+            problems.append(f"lora_rank_pattern: no layer that gets an adapter has a name that ends with {pattern!r}; see lora_targets")
     if problems:
         raise ConfigError(problems)
 
@@ -75,7 +83,7 @@ def add_lora(transformer: Any, spec: Spec, *, seed: int) -> dict[str, nn.Paramet
 
     Raises: ConfigError when the targets name no layer of this model.
     """
-    check_targets(transformer, spec.targets)
+    check_targets(transformer, spec.targets, spec.ranks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(lora_config(spec))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from sd3tune import playground
 from sd3tune.config.schema import RunConfig
-from sd3tune.errors import ModelError
+from sd3tune.errors import FileError, ModelError
 from sd3tune.files import digest, file_digest
+from sd3tune.models import quantised_files
 from sd3tune.models.hub import FLAVOURS, fetched, is_name
 from sd3tune.models.loading import Change, Weights, fill
 from sd3tune.models.quantize import is_quantised, smaller
@@ -72,10 +73,20 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def load_transformer(config: RunConfig, device: torch.device) -> Any:
-    """The frozen transformer, read and quantised layer by layer. Raises: ModelError."""
-    folder = model_folder(config) / "transformer"
+    """The frozen transformer, read and quantised layer by layer; what was quantised once is read from the cache. Raises: ModelError."""
+    weights, dtype = Weights.of_folder(model_folder(config) / "transformer", config.model.variant), rest_dtype(config)
+    precision, modulation = config.model.base_model_precision, config.model.modulation_precision
+    if precision == "no_change":
+        transformer = skeleton(config)
+        fill(transformer, weights, dtype=dtype, device=device, change=_smaller(config))
+        return transformer.requires_grad_(False).train()
+    kept = Path(config.run.cache_dir).absolute() / "models" / f"{quantised_files.key(weights, precision, modulation, dtype)}.safetensors"
     transformer = skeleton(config)
-    fill(transformer, Weights.of_folder(folder, config.model.variant), dtype=rest_dtype(config), device=device, change=_smaller(config))
+    if not quantised_files.read(kept, transformer, precision=precision, modulation=modulation, dtype=dtype, device=device):
+        transformer = skeleton(config)
+        fill(transformer, weights, dtype=dtype, device=device, change=_smaller(config))
+        with suppress(FileError, OSError):  # then it is quantised again the next time
+            quantised_files.write(kept, transformer)
     return transformer.requires_grad_(False).train()
 
 

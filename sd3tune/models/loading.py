@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sd3tune.errors import ModelError
+from sd3tune.files import digest
+from sd3tune.models.freeing import give_back
 from sd3tune.models.quantize import put
 
 Change = Callable[[str, nn.Module], nn.Module]
@@ -48,6 +48,16 @@ class Weights:
         """Every tensor's name."""
         return set(self._files)
 
+    @property
+    def stamp(self) -> str:
+        """Digest of names, sizes, times and headers of the files; reading all their bytes would take as long as quantising them."""
+        parts: list[str | bytes] = []
+        for path in sorted(set(self._files.values())):
+            with path.open("rb") as opened:
+                head = opened.read(8)
+                parts += [path.name, str(path.stat().st_size), str(path.stat().st_mtime_ns), opened.read(int.from_bytes(head, "little"))]
+        return digest(*parts)
+
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from the file: copy it. Raises: ModelError."""
         from safetensors import SafetensorError, safe_open
@@ -81,19 +91,17 @@ def fill(model: nn.Module, weights: Weights, *, dtype: torch.dtype, device: torc
             value = weights.read(full)
             if value.shape != empty.shape:
                 raise ModelError(f"{full} has shape {tuple(value.shape)}, and the model's config wants {tuple(empty.shape)}")
-            held = torch.empty(value.shape, dtype=dtype if value.is_floating_point() else value.dtype, device=device)
-            held.copy_(value)
-            if isinstance(empty, nn.Parameter):
-                setattr(module, leaf, nn.Parameter(held, requires_grad=False))
-            else:
-                module.register_buffer(leaf, held)
+            hold(module, leaf, value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
         if own and (changed := change(name, module)) is not module:
             put(model, name, changed)
-            _give_back()
+            give_back()
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps the workings of each layer, which doubles the peak of a quantised load."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def hold(module: nn.Module, leaf: str, value: Tensor, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Set a module's own parameter or buffer to a copy of a value."""
+    held = torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
+    held.copy_(value)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(held, requires_grad=False))
+    else:
+        module.register_buffer(leaf, held)

@@ -40,7 +40,8 @@ def lora_of(weights: Mapping[str, Tensor], spec: Spec, notes: Mapping[str, str])
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
     held = {name: tensor.detach().float().cpu().clone() for name, tensor in weights.items()}
     magnitudes = {m: held.get(f"{m}.lora_magnitude_vector") for m in modules}
-    layers = {m: Layer(held[f"{m}.lora_A.weight"], held[f"{m}.lora_B.weight"], spec.alpha, magnitudes[m]) for m in modules}
+    pairs = {m: (held[f"{m}.lora_A.weight"], held[f"{m}.lora_B.weight"]) for m in modules}
+    layers = {m: Layer(down, up, spec.alpha / spec.rank * down.shape[0], magnitudes[m]) for m, (down, up) in pairs.items()}
     return LoraFile("memory", layers, (), {"sd3tune.rank": str(spec.rank), "sd3tune.alpha": repr(spec.alpha), **notes})
 
 

@@ -151,12 +151,18 @@ def _split(name: str) -> tuple[str, str, str] | None:
         return None
     module, word = match[1], match[2]
     part = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}.get(word, "magnitude")
+    known = module_of(module)
+    return (*known, part) if known else None
+
+
+def module_of(name: str) -> tuple[str, str] | None:
+    """Layout and dotted name of a layer of SD3, from what a file calls it."""
     for prefix, layout in PREFIXES.items():
-        if module.startswith(prefix) and (plain := module.removeprefix(prefix)).startswith(("transformer_blocks.", *OUTSIDE)):
-            return layout, plain, part
+        if name.startswith(prefix) and (plain := name.removeprefix(prefix)).startswith(("transformer_blocks.", *OUTSIDE)):
+            return layout, plain
     for prefix, layout in UNDERSCORED.items():
-        if module.startswith(prefix) and (dotted := _dotted(module.removeprefix(prefix))):
-            return layout, dotted, part
+        if name.startswith(prefix) and (dotted := _dotted(name.removeprefix(prefix))):
+            return layout, dotted
     return None
 
 
@@ -190,7 +196,7 @@ def _guess(tensors: Mapping[str, Tensor]) -> str:
     """What a file without LoRA layers of SD3 seems to be."""
     names = list(tensors)
     for mark, what in (
-        ("lokr_", "a LyCORIS LoKr; convert it with an explicit rank"), ("hada_", "a LyCORIS LoHa; convert it with an explicit rank"),
+        ("lokr_", "a LyCORIS LoKr; convert it with --rank"), ("hada_", "a LyCORIS LoHa; convert it with --rank"),
         ("joint_blocks", "the names of Stability's own layout, with query, key and value in one layer"),
         ("lora_unet_", "an adapter of Stable Diffusion 1, 2 or XL"), ("double_blocks", "an adapter of Flux"),
         ("single_transformer_blocks", "an adapter of Flux"), ("lora_", "an adapter of another model"),

@@ -19,6 +19,9 @@ from sd3tune.models.lora_files import Verified
 ALGORITHMS = ("lora", "locon", "loha", "lokr", "full", "tlora", "diag-oft", "boft", "dylora", "glora")
 """Not ia3: lycoris-lora (4.1.3) cannot read the files that it writes of it."""
 
+WHOLE = ("full", "tlora", "diag-oft", "boft")
+"""Those that need the base's weights whole; beside a quantised one the last two would learn another thing than their files then do."""
+
 DEFAULT: dict[str, Any] = {
     "algo": "lokr", "multiplier": 1.0, "linear_dim": 10000, "linear_alpha": 1, "full_matrix": True, "factor": 16,
     "apply_preset": {
@@ -58,6 +61,10 @@ def add_lycoris(transformer: Any, config: Mapping[str, Any], *, seed: int) -> tu
     except ImportError:
         raise ConfigError(["lora_type lycoris needs lycoris-lora; pip install 'sd3tune[lycoris]'"]) from None
     rest = {key: value for key, value in config.items() if key not in ("algo", "multiplier", "linear_dim", "linear_alpha", "apply_preset")}
+    if any(type(module) is not nn.Linear and isinstance(module, nn.Linear) for module in transformer.modules()):
+        if config["algo"] in WHOLE:
+            raise ConfigError([f"lycoris_config: algo {config['algo']} needs base_model_precision: no_change"])
+        rest["bypass_mode"] = True  # add what the adapter makes of the input: a quantised weight cannot be added to
     try:
         with (
             _preset(LycorisNetwork, {"target_module": ["Attention"], **(config.get("apply_preset") or {})}),
@@ -90,7 +97,7 @@ def _preset(network_class: Any, preset: Mapping[str, Any]) -> Iterator[None]:
     before = {name: getattr(network_class, name) for name in PRESET}
     logger = logging.getLogger("LyCORIS")
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         network_class.apply_preset(preset)
         yield

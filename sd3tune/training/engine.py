@@ -69,7 +69,9 @@ class Engine:
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
         self._optimizer = new_optimizer(rules.rule, self.weights, seed=rules.seed)
-        self.ema = {name: weight.detach().clone().float() for name, weight in self.weights.items()} if rules.ema_decay is not None else {}
+        self.ema: dict[str, Tensor] = {}
+        if rules.ema_decay is not None:
+            self.ema = {n: w.detach().to(rules.ema_device or w.device, torch.float32, copy=True) for n, w in self.weights.items()}
         self._aside: dict[str, Tensor] = {}
         self._device = next(iter(self.weights.values())).device
 
@@ -130,7 +132,7 @@ class Engine:
         rules = self.rules
         if rules.ema_decay is not None and step % rules.ema_interval == 0:
             for name, mean in self.ema.items():
-                mean.lerp_(self.weights[name].detach().float(), 1 - ema_decay(step // rules.ema_interval, rules.ema_decay))
+                mean.lerp_(self.weights[name].detach().to(mean), 1 - ema_decay(step // rules.ema_interval, rules.ema_decay))
         if rules.scaled:
             self._calm += 1
             if self._calm % CALM == 0:

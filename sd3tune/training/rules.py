@@ -41,3 +41,5 @@ class Rules:
     """Multiply the loss, so that gradients do not vanish in fp16."""
     ema_decay: float | None = None
     ema_interval: int = 1
+    ema_device: str | None = None
+    """Where the average is kept; with the adapter when left out."""

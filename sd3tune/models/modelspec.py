@@ -1,0 +1,33 @@
+"""What an adapter's file says of itself, in the keys that other programs show. Source: Stability's ModelSpec 1.0.1."""
+
+from __future__ import annotations
+
+from sd3tune.config.reading import dump
+from sd3tune.config.schema import RunConfig
+from sd3tune.data.planning import Plan
+from sd3tune.files import digest
+
+ARCHITECTURES = {
+    "sd3-medium": "stable-diffusion-3-medium", "sd35-medium": "stable-diffusion-3.5-medium", "sd35-large": "stable-diffusion-3.5-large",
+}  # fmt: skip
+
+
+def modelspec(config: RunConfig, plan: Plan, title: str) -> dict[str, str]:
+    """Title, architecture, resolution, trigger phrase, and a digest of the settings."""
+    base = config.model.model_flavour or config.model.pretrained_model_name_or_path or ""
+    largest = max((placement.bucket for placement in plan.train), key=lambda bucket: bucket.width * bucket.height)
+    found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{ARCHITECTURES.get(base, 'stable-diffusion-3')}/{'lora' if not _lycoris(config) else 'lycoris'}",
+        "modelspec.title": title,
+        "modelspec.resolution": str(largest),
+        "modelspec.prediction_type": "flow",
+        "sd3tune.base": base,
+        "sd3tune.config_sha256": digest(dump(config)),
+    }
+    phrases = sorted({d.instance_prompt for d in plan.catalog.datasets if d.instance_prompt})
+    return found | ({"modelspec.trigger_phrase": ", ".join(phrases)} if phrases else {})
+
+
+def _lycoris(config: RunConfig) -> bool:
+    return config.adapter.lora_type == "lycoris"

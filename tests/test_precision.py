@@ -128,6 +128,20 @@ def test_a_run_on_a_small_base_learns_saves_and_resumes_bitwise(bench: Workbench
     assert whole.save(whole.folder.lora) == 192
 
 
+@pytest.mark.parametrize("precision", ["int8-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"])
+def test_a_look_does_not_change_what_is_learned(bench: Workbench, precision: str) -> None:
+    """Pictures and the held-out loss on the way: the same updates as without, for every kind of layer."""
+    quiet, watched = bench.trainer(base_model_precision=precision), bench.trainer(base_model_precision=precision)
+    for _ in range(3):
+        quiet.step()
+        watched.step()
+        watched.evaluate()
+    watched.validate()
+    assert quiet.step().loss == watched.step().loss
+    one, two = quiet.state_dict()["adapter"], watched.state_dict()["adapter"]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_two_formats_in_one_process_do_not_disturb_each_other(bench: Workbench) -> None:
     """Trainers of different precision take turns; each does what it does alone."""
     alone = [bench.trainer(base_model_precision=p) for p in ("no_change", "int8-quanto")]

@@ -42,7 +42,12 @@ class Model:
     model_flavour: Annotated[
         Literal["playground", "sd3-medium", "sd35-medium", "sd35-large"] | None, about("A known model; leave it out when a path is given.")
     ] = None
-    pretrained_model_name_or_path: Annotated[str | None, about("A folder in the diffusers layout, or owner/name on the hub.")] = None
+    pretrained_model_name_or_path: Annotated[
+        str | None,
+        about(
+            "A folder in the diffusers layout, owner/name on the hub, or a .safetensors file with the transformer, beside model_flavour."
+        ),
+    ] = None
     revision: Annotated[str | None, about("Which version of a model of the hub: a branch, a tag or a commit.")] = None
     variant: Annotated[str | None, about("Which of several files of the transformer's weights, such as fp16.")] = None
     mixed_precision: Annotated[Literal["bf16", "fp16", "no"], about("Number format of the forward pass; the adapter stays in fp32.")] = (
@@ -383,8 +388,11 @@ def check(config: RunConfig) -> list[str]:
     if sys.platform == "darwin" and "fp8-quanto" in (config.model.base_model_precision, config.model.text_encoder_3_precision):
         problems.append("fp8-quanto never works on Apple's GPUs; use int8-quanto")
     model, schedule, validation = config.model, config.schedule, config.validation
-    if model.model_flavour and model.pretrained_model_name_or_path:
+    single = (model.pretrained_model_name_or_path or "").endswith(".safetensors")
+    if model.model_flavour and model.pretrained_model_name_or_path and not single:
         problems.append("model_flavour and pretrained_model_name_or_path are both set; keep one")
+    if single and not model.model_flavour:
+        problems.append("pretrained_model_name_or_path is a single file; model_flavour must name the model whose encoders go with it")
     if not model.model_flavour and not model.pretrained_model_name_or_path:
         problems.append("no base model: set model_flavour (such as sd35-medium) or pretrained_model_name_or_path (a folder)")
     if config.adapter.lora_targets == ():

@@ -18,7 +18,7 @@ from sd3tune import playground
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import FileError, ModelError
 from sd3tune.files import digest, file_digest
-from sd3tune.models import quantised_files
+from sd3tune.models import quantised_files, single_file
 from sd3tune.models.hub import FLAVOURS, fetched, is_name
 from sd3tune.models.loading import Change, Weights, fill
 from sd3tune.models.quantize import is_quantised, smaller
@@ -37,7 +37,9 @@ def model_folder(config: RunConfig) -> Path:
         folder = playground.MODEL
     elif config.model.model_flavour or (is_name(named_as) and not Path(named_as).exists()):
         without = () if config.model.use_t5 else ("text_encoder_3",)
-        folder = fetched(FLAVOURS.get(config.model.model_flavour or "", named_as), revision=config.model.revision, without=without)
+        bare = ("transformer",) if single_path(config) else ()
+        name = FLAVOURS.get(config.model.model_flavour or "", named_as)
+        folder = fetched(name, revision=config.model.revision, without=without, bare=bare)
     else:
         folder = Path(named_as)
     if not folder.is_dir():
@@ -72,9 +74,24 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.model.mixed_precision]
 
 
+def single_path(config: RunConfig) -> Path | None:
+    """The single file that holds the transformer, if one is named."""
+    named_as = config.model.pretrained_model_name_or_path
+    return Path(named_as) if named_as and named_as.endswith(".safetensors") else None
+
+
+def transformer_weights(config: RunConfig) -> Weights:
+    """The transformer's tensors, of a folder or of a single file. Raises: ModelError."""
+    path = single_path(config)
+    if path is None:
+        return Weights.of_folder(model_folder(config) / "transformer", config.model.variant)
+    model = skeleton(config)
+    return single_file.open_single(path, model.state_dict(), model.config.num_layers)
+
+
 def load_transformer(config: RunConfig, device: torch.device) -> Any:
     """The frozen transformer, read and quantised layer by layer; what was quantised once is read from the cache. Raises: ModelError."""
-    weights, dtype = Weights.of_folder(model_folder(config) / "transformer", config.model.variant), rest_dtype(config)
+    weights, dtype = transformer_weights(config), rest_dtype(config)
     precision, modulation = config.model.base_model_precision, config.model.modulation_precision
     if precision == "no_change":
         transformer = skeleton(config)

@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.config.schema import RunConfig
@@ -31,7 +32,8 @@ from sd3tune.models.components import (
     pixels,
     vae_dtype,
 )
-from sd3tune.models.quantize import quantise
+from sd3tune.models.loading import Weights, fill
+from sd3tune.models.quantize import is_quantised, smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,12 +175,37 @@ class LoadedEncoders:
             if suffix == "_3" and not self._config.model.use_t5:
                 loaded.append((tokenizer, None))
                 continue
+            precision = getattr(self._config.model, f"text_encoder_{len(loaded) + 1}_precision")
             with named(folder / f"text_encoder{suffix}"):
-                encoder = encoder_class.from_pretrained(folder / f"text_encoder{suffix}", dtype=compute_dtype(self._config))
-            encoder.eval().requires_grad_(False)
-            quantise(encoder, getattr(self._config.model, f"text_encoder_{len(loaded) + 1}_precision"))
-            loaded.append((tokenizer, encoder.to(self._device)))
+                encoder = load_text_encoder(
+                    encoder_class, folder / f"text_encoder{suffix}", precision, compute_dtype(self._config), self._device
+                )
+            loaded.append((tokenizer, encoder))
         return loaded
+
+
+def load_text_encoder(encoder_class: Any, folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A frozen text encoder; one in fewer bits is read layer by layer, so that it never lies in memory whole. Raises: ModelError."""
+    if precision == "no_change":
+        encoder = encoder_class.from_pretrained(folder, dtype=dtype)
+        return encoder.eval().requires_grad_(False).to(device)
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        encoder = encoder_class(encoder_class.config_class.from_pretrained(folder))
+    tied = set(encoder._tied_weights_keys or ())
+    wide = (encoder._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+
+    def change(name: str, module: nn.Module) -> nn.Module:
+        if not is_quantised(name, module):
+            return module
+        assert isinstance(module, nn.Linear)
+        return smaller(module, precision)
+
+    weights = Weights.of_folder(folder, stem="model").only(set(encoder.state_dict()) - tied)
+    fill(encoder, weights, dtype=dtype, device=device, change=change, tied=tied, wide=wide)
+    encoder.tie_weights()
+    return encoder.eval().requires_grad_(False).to(device)
 
 
 def tokenizers(config: RunConfig) -> list[tuple[Any, int]]:

@@ -29,8 +29,8 @@ def is_name(text: str) -> bool:
     return bool(owner and name) and "/" not in name and not text.startswith((".", "~", "/")) and "\\" not in text
 
 
-def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] = ()) -> Path:
-    """The folder of a model of the hub, downloaded if it is not there yet; ``without`` names parts that are not needed.
+def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] = (), bare: tuple[str, ...] = ()) -> Path:
+    """The folder of a model of the hub, downloaded if it is not there yet, without parts that are not needed or with their config alone.
 
     ``HF_ENDPOINT`` is read at each call. Raises: ModelError that says which of token, licence, scope, name, network or disk is the matter.
     """
@@ -39,8 +39,9 @@ def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] 
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     wanted = [part for part in PARTS if part not in without]
+    patterns = [p for p in PATTERNS if p.split("/")[0] not in (*without, *bare)] + [f"{part}/config.json" for part in bare]
     chosen: dict[str, Any] = {
-        "revision": revision, "allow_patterns": [p for p in PATTERNS if p.split("/")[0] not in without], "endpoint": endpoint,
+        "revision": revision, "allow_patterns": patterns, "endpoint": endpoint,
     }  # fmt: skip
     try:
         folder = Path(snapshot_download(name, local_files_only=True, **chosen))
@@ -50,7 +51,7 @@ def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] 
         pass  # not there, or not whole
     try:
         info = HfApi(endpoint=endpoint).model_info(name, revision=revision, files_metadata=True)
-        check_room(name, sum(f.size or 0 for f in info.siblings or [] if f.rfilename.split("/")[0] in wanted))
+        check_room(name, sum(f.size or 0 for f in info.siblings or [] if f.rfilename.split("/")[0] in set(wanted) - set(bare)))
         return Path(snapshot_download(name, **chosen))
     except (OSError, HTTPError, errors.HFValidationError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
         raise ModelError(f"{name}: {explained(error, name)}") from None

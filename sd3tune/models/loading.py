@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,27 @@ Change = Callable[[str, nn.Module], nn.Module]
 """From a loaded layer's name and itself to what stands in its place."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Where a tensor is in a file: under which name, which third of its rows, and whether their two halves change places."""
+
+    name: str
+    third: int | None = None
+    swapped: bool = False
+
+
 class Weights:
     """The tensors of a folder's (or one) safetensors file by name, read one at a time."""
 
-    def __init__(self, files: Mapping[str, Path], names: Mapping[str, str] | None = None) -> None:
-        self._files, self._names = files, names or {}
+    def __init__(self, files: Mapping[str, Path], pieces: Mapping[str, Piece] | None = None) -> None:
+        self._files, self._pieces = files, pieces or {}
         self._opened: dict[Path, Any] = {}
 
     @classmethod
-    def of_folder(cls, folder: Path, variant: str | None = None) -> Weights:
+    def of_folder(cls, folder: Path, variant: str | None = None, *, stem: str = "diffusion_pytorch_model") -> Weights:
         """The weights of a component in the diffusers layout, in one file or in several. Raises: ModelError."""
         from safetensors import SafetensorError, safe_open
 
-        stem = "diffusion_pytorch_model"
         infix = f".{variant}" if variant else ""
         index = folder / f"{stem}.safetensors.index{infix}.json"
         single = folder / f"{stem}{infix}.safetensors"
@@ -42,6 +51,10 @@ class Weights:
                 return cls(dict.fromkeys(opened.keys(), single))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ModelError(f"{folder}: its weights cannot be read ({error}); download or copy the model again") from None
+
+    def only(self, names: Collection[str]) -> Weights:
+        """Those of some names: old files hold tables that are computed now."""
+        return Weights({name: path for name, path in self._files.items() if name in names}, self._pieces)
 
     @property
     def names(self) -> set[str]:
@@ -66,17 +79,36 @@ class Weights:
         try:
             if path not in self._opened:
                 self._opened[path] = safe_open(path, framework="pt")
-            return self._opened[path].get_tensor(self._names.get(name, name))  # type: ignore[no-any-return]
+            return _piece(self._opened[path], self._pieces.get(name, Piece(name)))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: {name} cannot be read ({error}); download or copy the model again") from None
 
 
-def fill(model: nn.Module, weights: Weights, *, dtype: torch.dtype, device: torch.device, change: Change) -> None:
+def _piece(opened: Any, piece: Piece) -> Tensor:
+    if piece.third is None:
+        tensor: Tensor = opened.get_tensor(piece.name)
+    else:
+        rows = opened.get_slice(piece.name)
+        height = rows.get_shape()[0] // 3
+        tensor = rows[piece.third * height : (piece.third + 1) * height]
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.bfloat16()  # holds every value of fp8, and can be computed with everywhere
+    if piece.swapped:
+        one, two = tensor.chunk(2)
+        tensor = torch.cat([two, one])
+    return tensor
+
+
+def fill(
+    model: nn.Module, weights: Weights, *, dtype: torch.dtype, device: torch.device, change: Change, tied: Iterable[str] = (),
+    wide: Collection[str] = (),
+) -> None:  # fmt: skip
     """Give a model on the meta device its values, layer by layer, each replaced by what ``change`` makes of it.
 
+    ``tied`` tensors are set by the caller; modules whose last name is ``wide`` stay in fp32.
     Raises: ModelError when names or shapes do not fit.
     """
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in set(tied)}
     odd = sorted(weights.names ^ set(wanted))
     if odd:
         what = "are missing" if odd[0] in wanted else "do not belong to this model"
@@ -91,7 +123,8 @@ def fill(model: nn.Module, weights: Weights, *, dtype: torch.dtype, device: torc
             value = weights.read(full)
             if value.shape != empty.shape:
                 raise ModelError(f"{full} has shape {tuple(value.shape)}, and the model's config wants {tuple(empty.shape)}")
-            hold(module, leaf, value, device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+            kind = torch.float32 if name.rpartition(".")[2] in wide else dtype
+            hold(module, leaf, value, device=device, dtype=kind if value.is_floating_point() else value.dtype)
         if own and (changed := change(name, module)) is not module:
             put(model, name, changed)
             give_back()

@@ -10,8 +10,7 @@ import torch
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
 from sd3tune.files import write_folder
-from sd3tune.models.components import model_folder, skeleton
-from sd3tune.models.loading import Weights
+from sd3tune.models.components import model_folder, skeleton, transformer_weights
 from sd3tune.models.lora_layouts import LoraFile
 
 
@@ -39,7 +38,7 @@ def merge(lora: LoraFile, config: RunConfig, out: Path, *, strength: float) -> s
     if any(layer.magnitude is not None for layer in lora.layers.values()):
         raise CheckpointError("this is a DoRA, whose change is no sum of weights; load it in diffusers instead of merging it")
     source = model_folder(config) / "transformer"
-    weights = Weights.of_folder(source, config.model.variant)
+    weights = transformer_weights(config)
     tensors = {name: weights.read(name).clone() for name in sorted(weights.names)}
     for name, layer in lora.layers.items():
         base = tensors[f"{name}.weight"]

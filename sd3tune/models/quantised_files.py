@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sd3tune.files import digest, write_with
 from sd3tune.models.loading import Weights, hold
-from sd3tune.models.quantize import QUANTO, is_quantised, put
+from sd3tune.models.quantize import QUANTO, empty_nf4, is_quantised, put
 
 FORMAT = "1"
 """Raised when what these files hold changes its meaning."""
@@ -75,11 +75,9 @@ def _checksum(tensor: Tensor) -> int:
 def _restored(linear: nn.Linear, held: Mapping[str, Tensor], precision: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The smaller layer that ``quantize.smaller`` made, from its tensors."""
     if precision == "nf4-bnb":
-        from bitsandbytes.nn.modules import Linear4bit, Params4bit
+        from bitsandbytes.nn.modules import Params4bit
 
-        made: Any = Linear4bit(  # type: ignore[no-untyped-call]
-            linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
-        )
+        made: Any = empty_nf4(linear, dtype)
         state = {leaf.removeprefix("weight."): tensor for leaf, tensor in held.items() if leaf.startswith("weight.")}
         made.weight = Params4bit.from_prequantized(held["weight"], state, requires_grad=False, device=str(device))
         if "bias" in held:

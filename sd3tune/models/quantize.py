@@ -42,13 +42,23 @@ def smaller(linear: nn.Linear, precision: str) -> nn.Module:
     return made.requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def empty_nf4(linear: nn.Linear, dtype: torch.dtype) -> Any:
+    """bitsandbytes' layer of the same size, without values."""
+    from bitsandbytes.nn.modules import Linear4bit
+
+    made: Any = Linear4bit(  # type: ignore[no-untyped-call]
+        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    # On a CPU with AVX-512 a look in evaluation mode would repack the weights for good, and no gradient comes through after that (0.50.2).
+    made.support_avx512bf16_for_cpu = False
+    return made
+
+
 def _nf4(linear: nn.Linear) -> nn.Module:
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Params4bit
 
     kept = linear.weight
-    made: Any = Linear4bit(  # type: ignore[no-untyped-call]
-        linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=kept.dtype, quant_type="nf4", device="meta"
-    )
+    made = empty_nf4(linear, kept.dtype)
     # bitsandbytes' CPU kernel decodes wrongly when a row is not a whole number of blocks (0.50.2: an error of 23 % instead of 9 %).
     block = 64 if linear.in_features % 64 == 0 else 32
     made.weight = Params4bit(kept.detach(), requires_grad=False, quant_type="nf4", blocksize=block, compress_statistics=True)

@@ -55,7 +55,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     if config is not None:
         rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
         rows += _optimizer(config)
-        rows += _hub(config)
+        rows += [*_memory(config), *_hub(config)]
     return Report(tuple(rows))
 
 
@@ -76,6 +76,23 @@ def _machine() -> Iterator[Finding]:
         yield Finding("note", "GPU", f"none that torch can use; this runs on {device.type}, which is enough for the playground alone")
     memory = psutil.virtual_memory()
     yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+
+
+def _memory(config: RunConfig) -> Iterator[Finding]:
+    """What a run needs, against what there is."""
+    import psutil
+    import torch
+
+    from sd3tune.models import hub, memory
+
+    if config.model.model_flavour not in (*hub.FLAVOURS, "playground"):
+        return  # its size is not known before it is there
+    need = memory.predict(config, side=64 if config.model.model_flavour == "playground" else 1024)
+    gpu = torch.cuda.is_available()
+    there = torch.cuda.mem_get_info()[1] if gpu else psutil.virtual_memory().total
+    fits = need.peak < there
+    where = f"this {'GPU' if gpu else 'machine'} has {there / 1e9:.1f} GB"
+    yield Finding("ok" if fits else "bad", "needs", f"{need}; {where}" + ("" if fits else "; see sd3tune settings --presets"))
 
 
 def _disks(config: RunConfig | None) -> Iterator[Finding]:

@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("folder", nargs="?", default="runs")
     known = verb("settings", _settings, "list settings, with their meaning and default")
     known.add_argument("word", nargs="?", default="", help="show only settings with this word in name or meaning")
+    known.add_argument("--presets", action="store_true", help="list the presets instead; preset:NAME stands wherever a YAML file does")
     return parser
 
 
@@ -112,6 +113,13 @@ def _plan(options: argparse.Namespace) -> None:
     print(plan)
     encoders = st.encoders(config)
     print(st.CacheBuilder(plan, encoders).coverage())
+    from sd3tune.config.advice import advice
+    from sd3tune.models import memory
+
+    largest = max(cut.bucket.width * cut.bucket.height for cut in plan.train)
+    print(memory.predict(config, side=round(largest**0.5)))
+    for one in advice(config):
+        print(f"advice: {one}")
     print(f"the cache of this plan: about {encoders.bytes_of(plan) / 1e6:,.1f} MB in {Path(plan.cache_dir).absolute()}")
 
 
@@ -254,6 +262,9 @@ def _runs(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> None:
+    if options.presets:
+        print("\n".join(f"{'' if name == 'playground' else 'preset:'}{name}: {st.presets.about(name)}" for name in st.presets.names()))
+        return
     from sd3tune.config.reading import describe_settings
 
     found = [line for line in describe_settings() if options.word.lower() in line.lower()]

@@ -43,6 +43,7 @@ class Manifest(Shown):
     cache_hits: int
     cache_misses: int
     datasets: tuple[dict[str, Any], ...]
+    advice: tuple[str, ...] = ()
     levels: tuple[int, ...] = ()
     """Of 10,000 noise levels drawn as in the run, how many lie in each tenth of 0 to 1."""
     shifts: tuple[tuple[str, float], ...] = ()
@@ -69,6 +70,7 @@ class Manifest(Shown):
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
             *(f"refused   {path}: {reason}" for path, reason in self.refused),
             *(f"truncated {said}" for said in self.captions_truncated),
+            *(f"advice    {said}" for said in self.advice),
         ]
         return "\n".join(lines)
 
@@ -124,7 +126,7 @@ def count_dtypes(tensors: Iterable[Tensor]) -> str:
 
 def describe(
     cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], rules: Rules, *, truncated: tuple[str, ...],
-    seconds_per_update: float,
+    seconds_per_update: float, advice: tuple[str, ...] = (),
 ) -> Manifest:  # fmt: skip
     """Gather the manifest of a run from its cache and its loaded model."""
     plan = cache.plan
@@ -156,6 +158,7 @@ def describe(
         cache_hits=cache.hits,
         cache_misses=cache.misses,
         datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),
+        advice=advice,
         levels=drawn_levels(plan, rules),
         shifts=shifts_of(plan, rules),
     )

@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sd3tune.cache import Cache, CacheBuilder
+from sd3tune.config.advice import advice
 from sd3tune.config.optimizers import options_of
 from sd3tune.config.reading import is_live
 from sd3tune.config.rules import spreads_of
@@ -57,6 +60,8 @@ class Trainer:
         capabilities.require(config)
         require_optimizer(config.optimizer.optimizer, self.device)
         self.transformer = components.load_transformer(config, self.device)
+        if checkpointing(config, self.device):
+            self.transformer.enable_gradient_checkpointing()
         self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)
         self.network: Any = None
@@ -74,7 +79,13 @@ class Trainer:
         self._validator = Validator(self.transformer, cache, self.device)
         cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(
-            cache, self.transformer, weights, self.engine.rules, truncated=cut_off, seconds_per_update=self.engine.seconds_per_update()
+            cache,
+            self.transformer,
+            weights,
+            self.engine.rules,
+            truncated=cut_off,
+            seconds_per_update=self.engine.seconds_per_update(),
+            advice=tuple(map(str, advice(config))),
         )
         self.folder = folder or RunFolder.create(Path(config.run.output_dir).absolute())
         self._log = open_log(self.folder)
@@ -329,6 +340,12 @@ def begin(config: RunConfig, weights: Mapping[str, Any]) -> str:
     if config.adapter.lora_type == "lycoris":
         return starting.begin_lycoris(Path(path), weights)
     return starting.begin_with(Path(path), weights, spec_of(config))
+
+
+def checkpointing(config: RunConfig, device: torch.device) -> bool:
+    """Whether each block's activations are made anew in the backward pass."""
+    wanted = config.memory.gradient_checkpointing
+    return device.type != "cpu" if wanted == "auto" else wanted
 
 
 def rules_of(config: RunConfig, made: Plan) -> Rules:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "use_ema": (True, NONE, NONE), "ema_decay": (0.9, NONE, NONE), "ema_update_interval": (2, NONE, NONE), "use_dora": (True, NONE, NONE),
     "lora_type": ("lycoris", NONE, NONE), "lycoris_config": (None, NONE, NONE),
     "lora_rank_pattern": ({"to_q": 2}, NONE, NONE), "init_lora": ("a.safetensors", NONE, NONE), "ema_device": ("cpu", NONE, NONE),
-    "validation_lycoris_strength": (0.5, NONE, NONE),
+    "validation_lycoris_strength": (0.5, NONE, NONE), "gradient_checkpointing": (True, NONE, NONE),
     "lora_rank": (4, NONE, NONE), "lora_alpha": (4.0, NONE, NONE), "lora_dropout": (0.1, NONE, NONE),
     "lora_targets": ("attention", NONE, NONE),
     "train_batch_size": (2, NONE, NONE), "gradient_accumulation_steps": (2, NONE, NONE), "vae_batch_size": (2, NONE, NONE),

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
 
+FILES = Path(__file__).parent / "preset_files"
+"""One small YAML file each: only what differs from the defaults, with its sources at the top."""
+
+PREFIX = "preset:"
+"""What a preset is called where a file is named: ``RunConfig.load("preset:stable")``, ``extends: preset:stable``."""
+
 HELD_OUT_PROMPTS = ("croissant", "cat face", "pickup truck", "lock", "cherry blossom", "rooster")
 """Captions of pictures that the playground's training folder does not hold."""
+
+
+def names() -> tuple[str, ...]:
+    """The names of all presets."""
+    return ("playground", *sorted(path.stem for path in FILES.glob("*.yaml")))
+
+
+def load(name: str, **settings: Any) -> RunConfig:
+    """A preset, with other values for some settings. Raises: ConfigError, with the nearest name when there is none of this one."""
+    if name == "playground":
+        return playground(**settings)
+    return RunConfig.load(PREFIX + name).replace(**settings)
+
+
+def about(name: str) -> str:
+    """What a preset is for, in one line."""
+    if name == "playground":
+        return "The model that comes with the package, on a CPU, in about three minutes."
+    return (FILES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def playground(**settings: Any) -> RunConfig:

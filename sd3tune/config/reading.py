@@ -51,8 +51,22 @@ def read_yaml(path: Path) -> Any:
 
 
 def load(path: Path) -> RunConfig:
-    """Read a configuration file, following ``extends``. Raises: ConfigError."""
-    return _finish(*_read_layers(path), str(path))
+    """Read a configuration file or a preset, following ``extends``. Raises: ConfigError."""
+    return _finish(*_read_layers(_located(str(path), Path())), str(path))
+
+
+def _located(name: str, beside: Path) -> Path:
+    """The file of ``preset:NAME``, or a file beside another. Raises: ConfigError when there is no such preset."""
+    if not name.startswith("preset:"):
+        return beside / name
+    wanted, files = name.removeprefix("preset:"), Path(__file__).parent / "preset_files"
+    known = sorted(path.stem for path in files.glob("*.yaml"))
+    if wanted not in known:
+        close = difflib.get_close_matches(wanted, known, n=1)
+        raise ConfigError(
+            [f"there is no preset {wanted!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")]
+        )
+    return files / f"{wanted}.yaml"
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[str]]:
@@ -69,7 +83,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any
         return flat, problems
     if not isinstance(base, str):
         raise ConfigError(["extends must name one file"], str(path))
-    below, more = _read_layers(path.parent / base, (*seen, path.resolve()))
+    below, more = _read_layers(_located(base, path.parent), (*seen, path.resolve()))
     return {**below, **flat}, [*(f"{base}: {p}" for p in more), *problems]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
 from sd3tune.panels import charts, fields
@@ -48,7 +49,7 @@ class TrainingPanel:
         leaves = self.config.leaves()
         self.fields: dict[str, Any] = {name: fields.field(name, leaves[name]) for name in fields.LABELS}
         self.buttons: dict[str, Any] = {name: widgets.Button(description=text) for name, text in BUTTONS.items()}
-        self.status, self.note, self.chart, self.caption, self.log = (widgets.HTML() for _ in range(5))
+        self.status, self.note, self.advice, self.chart, self.caption, self.log = (widgets.HTML() for _ in range(6))
         look = widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
         self.picture = widgets.Image(format="png", layout=look)
         self.widget = self._layout()
@@ -112,6 +113,7 @@ class TrainingPanel:
         self._say("")
         if new and self.runner.snapshot.live:
             self.runner.send("set", **new)
+        self.refresh()
         return True
 
     def _maker(self, config: RunConfig) -> Callable[[], Trainer]:
@@ -139,6 +141,7 @@ class TrainingPanel:
         """Bring every widget up to date; only what changed is sent."""
         now = self.runner.snapshot
         with self._drawing:
+            self.advice.value = "<br>".join(escape(str(one)) for one in advice(self.config))
             self.status.value = f'<div role="status" style="{_LOOK[now.state == "failed"]}">{escape(sentence(now))}</div>'
             self.chart.value = curve(now)
             self.log.value = log_text(now)
@@ -161,7 +164,9 @@ class TrainingPanel:
         row = {"flex_flow": "row wrap", "width": "100%", "overflow": "visible"}
         for button in self.buttons.values():
             button.layout = widgets.Layout(width="auto", min_width="90px")
-        form = widgets.VBox([*self.fields.values()], layout=widgets.Layout(flex="1 1 290px", min_width="270px", overflow="visible"))
+        form = widgets.VBox(
+            [*self.fields.values(), self.advice], layout=widgets.Layout(flex="1 1 290px", min_width="270px", overflow="visible")
+        )
         right = widgets.VBox([self.chart], layout=widgets.Layout(flex="2 1 420px", min_width="280px", overflow="visible"))
         return widgets.VBox(
             [

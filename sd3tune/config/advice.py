@@ -1,0 +1,83 @@
+"""What is known to matter for a configuration that is legal: a condition, a sentence, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sd3tune.config.schema import RunConfig
+
+GUIDE = "SimpleTuner's SD3 guide"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence, and who says so."""
+
+    text: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.source})"
+
+
+def _large(config: RunConfig) -> bool:
+    return config.model.model_flavour == "sd35-large"
+
+
+def _batch(config: RunConfig) -> int:
+    return config.data.train_batch_size * config.data.gradient_accumulation_steps
+
+
+def _skipped(config: RunConfig) -> int:
+    return len(config.validation.validation_guidance_skip_layers or ())
+
+
+def _lion(config: RunConfig) -> bool:
+    return "lion" in config.optimizer.optimizer
+
+
+ROWS: tuple[tuple[Callable[[RunConfig], bool], str, str], ...] = (
+    (
+        lambda c: _large(c) and not _lion(c) and c.optimizer.optimizer != "prodigy" and c.optimizer.learning_rate >= 4e-5,
+        "SD3.5 Large is sensitive to the rate: 1e-5 works with stableadamw, 4e-5 may blow up", GUIDE,
+    ),
+    (lambda c: _large(c) and _batch(c) < 12, "larger batches help SD3.5 Large a lot; its stable values use 4 images x 3 GPUs", GUIDE),
+    (
+        lambda c: _large(c) and c.optimizer.max_grad_norm > 0.1,
+        "max_grad_norm 0.1 is the stable value of SD3.5 Large; a higher one lets dangerous updates through", GUIDE,
+    ),
+    (
+        lambda c: _large(c) and (c.model.base_model_precision == "no_change" or c.model.base_model_default_dtype == "fp32"),
+        "a base that is not quantised, or pure fp32, is no cure for SD3.5 Large's instability", GUIDE,
+    ),
+    (
+        lambda c: bool(_skipped(c)) and c.validation.validation_guidance > 4.0,
+        "skip-layer guidance wants less guidance: at most 4", "Stability AI's sd3.5",
+    ),
+    (
+        lambda c: _skipped(c) > 3 and c.validation.validation_guidance_skip_scale < 2.8 * 2 ** (_skipped(c) - 3),
+        "with more than three skipped blocks the guide doubles the scale for each: 2.8 x 2^(n - 3)", GUIDE,
+    ),
+    (
+        lambda c: c.noise.flow_use_uniform_schedule and not c.noise.flow_schedule_auto_shift and c.flow_schedule_shift != 1,
+        "shift 1 goes with the uniform schedule", GUIDE,
+    ),
+    (
+        lambda c: len(set(c.validation_sizes)) > 1 and not c.noise.flow_schedule_auto_shift,
+        "with several sizes flow_schedule_auto_shift gives each its own shift", GUIDE,
+    ),
+    (
+        lambda c: c.model.model_flavour != "playground" and c.model.use_t5 and c.model.tokenizer_max_length < 154,
+        "texts of 77 tokens save space and cost quality", GUIDE,
+    ),
+    (
+        lambda c: _lion(c) and c.optimizer.learning_rate >= 5e-5,
+        "Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4", "Chen et al. 2023, section 5",
+    ),
+)  # fmt: skip
+
+
+def advice(config: RunConfig) -> tuple[Advice, ...]:
+    """What should be thought of; nothing of it forbids a run."""
+    return tuple(Advice(text, source) for condition, text, source in ROWS if condition(config))

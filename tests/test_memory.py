@@ -1,0 +1,135 @@
+"""The memory formula against what models really hold and save."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workbench
+
+import sd3tune as st
+from sd3tune.models import adapters, components, memory
+from sd3tune.models.adapters import Spec
+from sd3tune.models.quantize import PRECISIONS, bytes_of, quantise
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("modulation", ["same", "bf16"])
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_the_base(tmp_path: Any, precision: str, mixed: str, modulation: str) -> None:
+    """Weights and scales of the playground's model, within 1 %."""
+    config = st.presets.playground(
+        base_model_precision=precision, mixed_precision=mixed, modulation_precision=modulation, cache_dir=str(tmp_path)
+    )
+    found = bytes_of(components.load_transformer(config, CPU))
+    assert memory.predict(config).base == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("flavour", ["sd3-medium", "sd35-medium", "sd35-large"])
+def test_bytes_of_the_base_at_full_width(flavour: Any, precision: str) -> None:
+    """Two blocks of each released model."""
+    model = components.random(flavour, layers=2)
+    config = st.RunConfig.make(model_flavour=flavour, base_model_precision=precision)
+    expected = memory.base_bytes(components.random(flavour, layers=2, device="meta"), config)
+    quantise(model, precision)
+    assert expected == pytest.approx(bytes_of(model), rel=0.01)
+
+
+def saved(model: Any, config: st.RunConfig, side: int, dtype: torch.dtype) -> int:
+    """Bytes of all that one forward pass keeps for the backward pass, the model's own weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not hasattr(p, "qtype")}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not hasattr(tensor, "qtype") and tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    c = model.config
+    shapes = ((1, c.in_channels, side // 8, side // 8), (1, 77 + config.model.tokenizer_max_length, c.joint_attention_dim))
+    x, t = (torch.randn(shape).to(dtype) for shape in shapes)
+    mixed = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mixed:
+        pooled = torch.randn(1, c.pooled_projection_dim).to(dtype)
+        out = model(hidden_states=x, encoder_hidden_states=t, pooled_projections=pooled, timestep=torch.tensor([500.0])).sample
+    total = sum(seen.values())
+    assert out.requires_grad
+    return total
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("flavour", ["sd3-medium", "sd35-medium", "sd35-large"])
+def test_bytes_of_activations_at_full_width(flavour: Any, precision: str, checkpointing: bool) -> None:
+    """Three blocks at 512 px in bf16, within 15 %; with checkpointing the block that is made anew is held beside the kept ones."""
+    model = components.random(flavour, layers=3)
+    quantise(model, precision)
+    adapters.add_lora(model, Spec("attention", 16, 16.0), seed=0)
+    config = st.RunConfig.make(model_flavour=flavour, base_model_precision=precision, gradient_checkpointing=checkpointing)
+    if checkpointing:
+        model.train().enable_gradient_checkpointing()
+    found = saved(model, config, 512, torch.bfloat16)
+    predicted = memory.activation_bytes(model.config, config, side=512, width=2)
+    if checkpointing:  # the hooks see what stays; the formula adds the one block that the backward pass makes anew
+        heads = model.config.num_attention_heads * 64
+        block, second = memory.block_units(model.config, config, image=32 * 32, text=231, width=2)
+        predicted -= 2 * heads * (block.both + second * bool(model.config.dual_attention_layers))
+    assert predicted == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "nf4-bnb"])
+def test_bytes_of_the_playgrounds_activations(bench: Workbench, precision: str) -> None:
+    """In fp32, at 128 px, within 15 %."""
+    config = bench.config(base_model_precision=precision, lora_targets="attention", gradient_checkpointing=False, train_batch_size=1)
+    model = components.load_transformer(config, CPU)
+    adapters.add_lora(model, Spec("attention", 16, 16.0), seed=0)
+    found = saved(model, config, 128, torch.float32)
+    assert memory.activation_bytes(model.config, config, side=128, width=4) == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_bf16", "stableadamw", "lion", "prodigy", "schedulefree", "bnb-adamw8bit", "bnb-lion8bit"]
+)
+def test_bytes_of_the_update_rule(bench: Workbench, optimizer: str) -> None:
+    """What the rules hold after an update, and the adapter's own weights."""
+    settings: dict[str, Any] = {"learning_rate": 1.0} if optimizer == "prodigy" else {}
+    trainer = bench.trainer(optimizer=optimizer, lora_rank=64, lr_scheduler="constant_with_warmup", **settings)
+    trainer.step()
+    held = sum(t.nbytes for t in trainer.state_dict()["optimizer"].values())
+    need = memory.predict(trainer.config)
+    assert memory.adapter_parameters(memory.structure(trainer.config), trainer.config) == trainer.manifest.trainable_parameters
+    assert need.optimizer == pytest.approx(held, rel=0.15)
+    weights = sum(w.nbytes + w.grad.nbytes for w in trainer.engine.weights.values() if w.grad is not None)
+    assert need.adapter == pytest.approx(weights, rel=0.01)
+
+
+def test_checkpointing_acts_and_changes_nothing(bench: Workbench) -> None:
+    """Each block runs twice in an update, dropout included, and the losses and the adapter are the same."""
+    counts, results = [], []
+    for on in (False, True):
+        trainer = bench.trainer(gradient_checkpointing=on, lora_dropout=0.3, lr_warmup_steps=0)
+        runs: list[int] = []
+        trainer.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        losses = [trainer.step().loss for _ in range(3)]
+        counts.append(len(runs))
+        results.append((losses, trainer.state_dict()["adapter"]))
+    assert counts == [3, 6]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, weight in results[0][1].items():
+        assert torch.allclose(weight, results[1][1][name], atol=1e-7), name
+
+
+def test_automatic_checkpointing_is_for_gpus(bench: Workbench) -> None:
+    """Off on a CPU, whose memory is not what is scarce."""
+    from sd3tune.trainer import checkpointing
+
+    assert not checkpointing(bench.config(), CPU)
+    assert checkpointing(bench.config(), torch.device("cuda"))
+    assert not checkpointing(bench.config(gradient_checkpointing=False), torch.device("cuda"))

@@ -142,3 +142,26 @@ def test_advice_is_shown(bench: Workbench) -> None:
         trainer.manifest
     )
     assert not bench.trainer().manifest.advice
+
+
+def test_the_panel_shows_it_as_the_form_changes(bench: Workbench) -> None:
+    """It comes and goes with the fields' values, and changes nothing."""
+    from sd3tune import panels
+
+    config = bench.config()
+    panel = panels.TrainingPanel(config, bench.cache(config))
+    assert panel.advice.value == ""
+    panel.fields["validation_guidance_skip_layers"].value = "3"
+    panel.fields["validation_guidance"].value = 6.0
+    assert "skip-layer guidance wants less guidance: at most 4 (Stability AI" in panel.advice.value
+    panel.fields["validation_guidance"].value = 4.0
+    assert panel.advice.value == ""
+
+
+def test_the_plan_says_what_the_run_needs(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory by formula, and advice."""
+    arguments = ["plan", "--data", str(bench.datasets), "--set", f"cache_dir={bench.root / 'cache'}", "--set", "optimizer=lion"]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "memory, predicted: training 0." in shown
+    assert "advice: Lion wants about a tenth of AdamW's rate" in shown

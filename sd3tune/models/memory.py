@@ -86,14 +86,15 @@ class Need(Shown):
         gb = {name: value / 1e9 for name, value in vars(self).items()}
         return (
             f"memory, predicted: training {self.training / 1e9:.1f} GB (base {gb['base']:.1f}, adapter {gb['adapter']:.2f}, optimizer "
-            f"{gb['optimizer']:.2f}, activations {gb['activations']:.1f}, context {gb['context']:.1f}); text encoders before it "
-            f"{gb['encoders']:.1f} GB"
+            f"{gb['optimizer']:.2f}, activations {gb['activations']:.1f}, context {gb['context']:.1f})"
+            + (f"; text encoders before it {gb['encoders']:.1f} GB" if self.encoders else "")
         )
 
 
-def predict(config: RunConfig, *, side: int = 1024, context: float = CONTEXT) -> Need:
+def predict(config: RunConfig, *, side: int = 1024) -> Need:
     """What a configuration needs for training pictures of ``side`` x ``side`` px. Nothing is downloaded for a known model."""
     model = structure(config)
+    context = 0.0 if config.model.model_flavour == "playground" else CONTEXT  # the playground is for CPUs
     width = {"no": 4, "bf16": 2, "fp16": 2}[config.model.mixed_precision]
     trained = adapter_parameters(model, config)
     weight = 2 + 2 if config.optimizer.optimizer == "adamw_bf16" else 4 + 4  # the weight, and its gradient

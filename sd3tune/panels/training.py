@@ -141,7 +141,7 @@ class TrainingPanel:
         """Bring every widget up to date; only what changed is sent."""
         now = self.runner.snapshot
         with self._drawing:
-            self.advice.value = "<br>".join(escape(str(one)) for one in advice(self.config))
+            self.advice.value = advice_text(self.config)
             self.status.value = f'<div role="status" style="{_LOOK[now.state == "failed"]}">{escape(sentence(now))}</div>'
             self.chart.value = curve(now)
             self.log.value = log_text(now)
@@ -223,6 +223,12 @@ def sentence(now: Snapshot) -> str:
     if now.live and now.seconds_left is not None:
         parts.append(f"{duration(now.seconds_left)} left")
     return " · ".join([*parts, *filter(None, [now.error or now.message])])
+
+
+def advice_text(config: RunConfig) -> str:
+    """What should be thought of, under the form."""
+    rows = "<br>".join(escape(str(one)) for one in advice(config))
+    return f'<div style="line-height:1.35;font-size:12px">{rows}</div>' if rows else ""
 
 
 def curve(now: Snapshot) -> str:

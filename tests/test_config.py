@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 from sd3tune.config import RunConfig, check, presets
 from sd3tune.config.optimizers import options_of
 from sd3tune.config.reading import LEAVES
-from sd3tune.config.schema import SECTION_CLASSES, parse_size
+from sd3tune.config.schema import parse_size
+from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {

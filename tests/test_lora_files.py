@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import sd3tune as st
 from sd3tune import playground
+from sd3tune.assembly import spec_of
 from sd3tune.models import adapters, components
 from sd3tune.models.adapters import Spec
 from sd3tune.models.lora_files import expected_names, lora_of, verify
-from sd3tune.trainer import spec_of
 
 STOCK = """
 import json, sys, torch

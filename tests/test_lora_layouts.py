@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import sd3tune as st3
 from sd3tune import playground
+from sd3tune.assembly import spec_of
 from sd3tune.cli import main
 from sd3tune.errors import CheckpointError
 from sd3tune.models import components, lora_files, lora_layouts
 from sd3tune.models.lora_layouts import Layer, LoraFile, as_tensors, largest_difference, parse, read
-from sd3tune.trainer import spec_of
 
 MODULES = ("transformer_blocks.0.attn.to_q", "transformer_blocks.23.attn2.to_out.0", "transformer_blocks.11.ff_context.net.0.proj",
            "transformer_blocks.5.norm1_context.linear", "proj_out", "time_text_embed.timestep_embedder.linear_1")  # fmt: skip

@@ -128,7 +128,7 @@ def test_checkpointing_acts_and_changes_nothing(bench: Workbench) -> None:
 
 def test_automatic_checkpointing_is_for_gpus(bench: Workbench) -> None:
     """Off on a CPU, whose memory is not what is scarce."""
-    from sd3tune.trainer import checkpointing
+    from sd3tune.assembly import checkpointing
 
     assert not checkpointing(bench.config(), CPU)
     assert checkpointing(bench.config(), torch.device("cuda"))

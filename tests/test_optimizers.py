@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sd3tune as st
 from sd3tune.config.optimizers import OPTIMIZERS
-from sd3tune.config.schema import SECTION_CLASSES
+from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import CheckpointError, ConfigError
 from sd3tune.training import optim
 from sd3tune.training.adamw_bf16 import AdamWBF16, randomly_rounded

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from sd3tune.config.schema import SECTION_CLASSES, RunConfig, check
+from sd3tune.config.schema import RunConfig, check
+from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
 LEAVES = {f.name: section for section, cls in SECTION_CLASSES.items() for f in dataclasses.fields(cls)}

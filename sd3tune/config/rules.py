@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
 
 if TYPE_CHECKING:
-    from sd3tune.config.schema import Noise, Optimizer, RunConfig
+    from sd3tune.config.schema import RunConfig
+    from sd3tune.config.sections import Noise, Optimizer
 
 PRODIGY_LEAST = 0.01
 """A multiplier below this is a learning rate that was meant for another rule."""

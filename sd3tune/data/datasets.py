@@ -10,7 +10,7 @@ from PIL import ImageColor
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from sd3tune.config.schema import STRICT
+from sd3tune.config.declaring import STRICT
 
 
 def about(meaning: str, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:

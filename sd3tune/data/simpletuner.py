@@ -14,7 +14,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sd3tune.config.reading import LEAVES, NOT_YAML, build, dump, nearest, values_refused
-from sd3tune.config.schema import SECTION_CLASSES, RunConfig
+from sd3tune.config.schema import RunConfig
+from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.data.entries import EMBEDS, UNNECESSARY, entry_of
 from sd3tune.data.simpletuner_training import Fate, settled
 from sd3tune.errors import ConfigError, FileError

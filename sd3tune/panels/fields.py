@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 import ipywidgets as widgets
 
 from sd3tune.config.reading import LEAVES
-from sd3tune.config.schema import SECTION_CLASSES
+from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
 LABELS = {

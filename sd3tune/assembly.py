@@ -1,0 +1,112 @@
+"""What a trainer is made of, taken out of a configuration and a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd3tune.cache import Cache, CacheBuilder
+from sd3tune.config.optimizers import options_of
+from sd3tune.config.rules import spreads_of
+from sd3tune.config.schema import RunConfig
+from sd3tune.data.catalog import from_datasets
+from sd3tune.data.datasets import dataset_of
+from sd3tune.data.planning import Plan, plan
+from sd3tune.errors import CheckpointError, DataError
+from sd3tune.files import digest
+from sd3tune.models import adapters, encoders, starting
+from sd3tune.run_folder import RunFolder
+from sd3tune.training.flow import Measure
+from sd3tune.training.optim import Rule
+from sd3tune.training.rules import Rules
+from sd3tune.training.spreads import Kind, Spread
+
+LATENT_FACTOR = 8
+"""Pixels of a latent pixel's side, in every SD3."""
+
+
+def spec_of(config: RunConfig) -> adapters.Spec:
+    """The adapter that a configuration describes."""
+    a = config.adapter
+    return adapters.Spec(
+        a.lora_targets, a.lora_rank, config.lora_alpha, a.lora_dropout, a.use_dora, a.lora_init_type, a.lora_rank_pattern or {}
+    )
+
+
+def begin(config: RunConfig, weights: Mapping[str, Any]) -> str:
+    """Give a new adapter the weights of ``init_lora``, if it is set, and say so. Raises: CheckpointError."""
+    path = config.adapter.init_lora
+    if path is None:
+        return ""
+    if config.adapter.lora_type == "lycoris":
+        return starting.begin_lycoris(Path(path), weights)
+    return starting.begin_with(Path(path), weights, spec_of(config))
+
+
+def checkpointing(config: RunConfig, device: torch.device) -> bool:
+    """Whether each block's activations are made anew in the backward pass."""
+    wanted = config.memory.gradient_checkpointing
+    return device.type != "cpu" if wanted == "auto" else wanted
+
+
+def rules_of(config: RunConfig, made: Plan) -> Rules:
+    """The numbers of an update, taken out of the configuration."""
+    o, objective = config.optimizer, config.objective
+    options = tuple(options_of(o.optimizer, o.optimizer_config).items())
+    return Rules(
+        seed=config.schedule.seed, accumulation=made.accumulation, sigmoid_scale=config.noise.flow_sigmoid_scale,
+        shift=config.flow_schedule_shift, stratified=config.noise.stratified, schedule=o.lr_scheduler, warmup=o.lr_warmup_steps,
+        total=made.steps, max_grad_norm=o.max_grad_norm, scaled=config.model.mixed_precision == "fp16",
+        ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None, ema_interval=config.adapter.ema_update_interval,
+        ema_device=None if config.adapter.ema_device == "accelerator" else "cpu",
+        spread=spread_of(config), measure=Measure(objective.loss_type, objective.huber_c), weighting=objective.loss_weighting,
+        perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
+        cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,
+    )  # fmt: skip
+
+
+def spread_of(config: RunConfig) -> Spread:
+    """How a configuration spreads noise levels."""
+    noise = config.noise
+    listed = noise.flow_custom_timesteps or ()
+    unit = 1000 if max(listed, default=0) > 1 else 1
+    kinds: dict[str, Kind] = {
+        "flow_custom_timesteps": noise.flow_timesteps_mode, "flow_cubic_schedule_weights": "cubic", "flow_use_uniform_schedule": "uniform",
+        "flow_use_beta_schedule": "beta",
+    }  # fmt: skip
+    chosen = next(iter(spreads_of(noise)), None)
+    return Spread(
+        kind=kinds[chosen] if chosen else "logit-normal", scale=noise.flow_sigmoid_scale, alpha=noise.flow_beta_schedule_alpha,
+        beta=noise.flow_beta_schedule_beta, weights=noise.flow_cubic_schedule_weights or (), levels=tuple(t / unit for t in listed),
+    )  # fmt: skip
+
+
+def check_sizes(made: Plan, model: Any) -> None:
+    """Raises: DataError for a size that is beyond the model's table of positions."""
+    most = model.pos_embed_max_size * model.patch_size * LATENT_FACTOR
+    beyond = sorted({p.bucket for p in (*made.train, *made.evaluation) if max(p.bucket) > most})
+    if beyond:
+        raise DataError(
+            f"{', '.join(map(str, beyond))} px: this model knows sides of at most {most} px; lower resolution, or narrow "
+            "minimum_aspect_ratio and maximum_aspect_ratio in datasets.yaml"
+        )
+
+
+def plan_digest(made: Plan) -> str:
+    """Digest of what decides the order of the data."""
+    rows = [f"{p.item.id} {p.bucket} {p.copy}" for p in made.train]
+    return digest(str(made.batch_size), str(made.accumulation), str(made.steps), *rows)
+
+
+def rebuild_cache(folder: RunFolder, config: RunConfig) -> Cache:
+    """The cache of a run folder, from the data sets that its manifest names. Raises: CheckpointError, DataError."""
+    try:
+        rows = json.loads(folder.manifest.read_text())["datasets"]
+        datasets = [dataset_of(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder.manifest}: cannot be read ({error}); pass the cache to Trainer.resume") from None
+    return CacheBuilder(plan(from_datasets(datasets), config), encoders.encoders(config)).build()

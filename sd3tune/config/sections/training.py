@@ -1,0 +1,142 @@
+"""Settings of how it is trained: batches, noise, loss, update rule, and how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from sd3tune.config.declaring import MANY, STRICT, about
+from sd3tune.config.optimizers import OPTIMIZERS, as_text
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """How pictures are put into batches."""
+
+    train_batch_size: Annotated[int, about("Pictures of one forward pass.", low=1, high=1024, unit="images")] = 1
+    gradient_accumulation_steps: Annotated[int, about("Forward passes of one update.", low=1, high=1024)] = 1
+    vae_batch_size: Annotated[int, about("Pictures encoded together.", low=1, high=1024, unit="images")] = 4
+    write_batch_size: Annotated[int, about("Entries of one file of the cache.", low=1, high=10_000, unit="entries")] = 128
+    latent_draw: Annotated[
+        Literal["mean", "sample"], about("What stands for a picture: the mean of the autoencoder's posterior, or a new draw each time.")
+    ] = "mean"
+    text_encoder_batch_size: Annotated[int, about("Captions encoded together.", low=1, high=1024, unit="captions")] = 16
+    caption_dropout_probability: Annotated[float, about("Share of training images seen without their caption.", low=0, high=1)] = 0.1
+    aspect_bucket_alignment: Annotated[
+        int, about("Sides of a bucket are multiples of this; 16 suits pictures below 128 px.", low=16, high=256, unit="px")
+    ] = 64
+    small_bucket: Annotated[
+        Literal["short", "merge", "drop", "error"],
+        about("What becomes of a size with fewer pictures than a batch: a short batch, the nearest size, left out, or an error."),
+    ] = "short"
+    allow_dataset_oversubscription: Annotated[bool, about("Repeat the pictures of a size that does not fill a batch until they do.")] = (
+        False
+    )
+    allow_missing_captions: Annotated[bool, about("Train pictures without a caption on the empty text instead of stopping.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Noise:
+    """Where between picture (0) and noise (1) the model is trained."""
+
+    flow_schedule_shift: Annotated[
+        float | None, about("Moves noise levels up; 3 when left out, and 1 leaves them alone.", above=0, high=20)
+    ] = None
+    flow_schedule_auto_shift: Annotated[
+        bool, about("Shift each batch by its size: 1.88 at 512 px, 3.16 at 1024 px; in place of flow_schedule_shift.")
+    ] = False
+    flow_sigmoid_scale: Annotated[float, about("Spread of the logit-normal noise levels.", above=0, high=10)] = 1.0
+    flow_use_uniform_schedule: Annotated[bool, about("Draw noise levels evenly instead of from the logit-normal.")] = False
+    flow_use_beta_schedule: Annotated[bool, about("Draw noise levels from a beta distribution instead.")] = False
+    flow_beta_schedule_alpha: Annotated[float, about("First exponent of the beta distribution; more favours noise.", low=0.1, high=100)] = (
+        2.0
+    )
+    flow_beta_schedule_beta: Annotated[
+        float, about("Second exponent of the beta distribution; more favours the picture.", low=0.1, high=100)
+    ] = 2.0
+    flow_cubic_schedule_weights: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1e6)], ...] | None,
+        about("Density of noise levels at equal steps from 0 to 1, such as [0, 1, 3, 1]; a smooth curve runs through them."),
+    ] = None
+    flow_custom_timesteps: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None,
+        about("Noise levels to train at, not shifted: timesteps of 0 to 1000, or 0 to 1 when none is above 1."),
+    ] = None
+    flow_timesteps_mode: Annotated[
+        Literal["fixed-list", "round-robin"], about("Take one of those timesteps at random, or go through them in order.")
+    ] = "fixed-list"
+    stratified: Annotated[bool, about("Spread each batch evenly over the noise levels: the same distribution, calmer.")] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Objective:
+    """What an error costs. The evaluation loss is always the plain square, so that runs compare."""
+
+    loss_type: Annotated[
+        Literal["l2", "huber", "smooth_l1"],
+        about("Cost of an error e: e^2; 2c(sqrt(e^2 + c^2) - c), less for outliers; or that divided by c; c is huber_c."),
+    ] = "l2"
+    huber_c: Annotated[float, about("Error from which huber and smooth_l1 grow like |e| and no longer like e^2.", above=0, high=100)] = 0.1
+    loss_weighting: Annotated[
+        Literal["none", "cosmap", "mode"], about("Weight of a noise level in the gradient, by the formulas of the SD3 paper.")
+    ] = "none"
+    input_perturbation: Annotated[float, about("Extra noise that the model sees and need not find, as a share.", low=0, high=1)] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optimizer:
+    """How the adapter is updated."""
+
+    optimizer: Annotated[
+        Literal[
+            "adamw", "adamw_bf16", "stableadamw", "lion", "adafactor", "prodigy", "schedulefree", "bnb-adamw8bit", "bnb-adamw8bit-paged",
+            "bnb-lion8bit", "bnb-lion8bit-paged",
+        ],
+        about("The update rule. " + "; ".join(f"{name}: {known}" for name, known in OPTIMIZERS.items())),
+    ] = "adamw"  # fmt: skip
+    optimizer_config: Annotated[
+        str | None, BeforeValidator(as_text), about('What the rule should do otherwise, such as "weight_decay=0.1,eps=1e-6", or a mapping.')
+    ] = None
+    optimizer_beta1: Annotated[
+        float | None, about("How much of the mean gradient stays; the rule's own when left out.", low=0, high=0.9999)
+    ] = None
+    optimizer_beta2: Annotated[
+        float | None,
+        about("How much of the mean square stays (of the mean, for lion); the rule's own when left out.", low=0, high=0.999999),
+    ] = None
+    learning_rate: Annotated[
+        float,
+        about(
+            "Peak learning rate; for prodigy a multiplier, 1 when left out; for adafactor relative to the weights; lion wants a tenth.",
+            above=0,
+            high=1,
+            live=True,
+        ),
+    ] = 1e-4
+    lr_scheduler: Annotated[
+        Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        about("Course of the learning rate; all but the first warm up."),
+    ] = "constant_with_warmup"
+    lr_warmup_steps: Annotated[int, about("Updates over which the rate rises from zero.", low=0, high=MANY, unit="updates")] = 20
+    lr_num_cycles: Annotated[int, about("Cosines of cosine_with_restarts.", low=1, high=1000)] = 1
+    lr_power: Annotated[float, about("Power of polynomial; 1 is a straight line.", above=0, high=10)] = 0.8
+    lr_end: Annotated[float, about("Rate at which polynomial ends.", low=0, high=1)] = 4e-7
+    max_grad_norm: Annotated[float, about("Longer gradients are scaled down to this length.", above=0, high=1_000_000, live=True)] = 1.0
+    grad_clip_method: Annotated[
+        Literal["norm", "value"], about("Hold max_grad_norm against the length of the whole gradient, or against each element.")
+    ] = "norm"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Schedule:
+    """How long, and how often to save."""
+
+    max_train_steps: Annotated[
+        int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, high=MANY, unit="updates")
+    ] = None
+    num_train_epochs: Annotated[int | None, about("Passes over the data, instead of updates.", low=1, high=MANY, unit="epochs")] = None
+    seed: Annotated[int, about("Everything random about batch k is a function of this and k.", low=0, high=2**32 - 1)] = 42
+    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, high=MANY, unit="updates")] = 250
+    checkpoints_total_limit: Annotated[int, about("Newest checkpoints that are kept.", low=1, high=MANY)] = 3

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
     from sd3tune.records import StepRecord
+    from sd3tune.replaying import replay
     from sd3tune.run_folder import runs
     from sd3tune.trainer import Trainer
     from sd3tune.training.batches import Batches
@@ -37,14 +38,15 @@ _HOMES = {
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
-    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "runs": "run_folder",
+    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "replay": "replaying",
+    "runs": "run_folder",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "plan", "presets", "runs",
+    "encoders", "free", "from_simpletuner", "plan", "presets", "replay", "runs",
 ]  # fmt: skip
 
 

@@ -97,9 +97,9 @@ def check_sizes(made: Plan, model: Any) -> None:
 
 
 def plan_digest(made: Plan) -> str:
-    """Digest of what decides the order of the data."""
+    """Digest of what decides the order of the data, whatever the number of updates."""
     rows = [f"{p.item.id} {p.bucket} {p.copy}" for p in made.train]
-    return digest(str(made.batch_size), str(made.accumulation), str(made.steps), *rows)
+    return digest(str(made.batch_size), str(made.accumulation), *rows)
 
 
 def rebuild_cache(folder: RunFolder, config: RunConfig) -> Cache:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--data", default="datasets.yaml", help="a datasets.yaml or a folder of pictures (%(default)s)")
         made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
         if name == "train":
-            made.add_argument("--resume", metavar="RUN", help="go on with a run folder instead")
+            made.add_argument("--resume", metavar="RUN", help="go on with a run folder, or one of its checkpoints, instead")
+            made.add_argument("--stop-before", metavar="TIME", help="save and stop before this much time has passed, such as 11h30m")
     looked = verb("doctor", _doctor, "what this machine has and what a run needs, before anything is downloaded")
     looked.add_argument("config", nargs="?", help="a YAML file of settings; without one, the machine alone")
     imported = verb("import-simpletuner", _import, "turn SimpleTuner's two files into run.yaml and datasets.yaml, with a report")
@@ -124,34 +127,58 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    deadline = time.monotonic() + seconds_of(options.stop_before) if options.stop_before else None
     if options.resume:
-        trainer = st.Trainer.resume(options.resume)
+        from sd3tune.config.reading import parse_setting
+
+        trainer = st.Trainer.resume(options.resume, **dict(map(parse_setting, options.set)))
     else:
         config, plan = _made_plan(options)
         trainer = st.Trainer(config, _encoded(config, plan))
     print(trainer.manifest)
-    return _drive(trainer)
+    return _drive(trainer, deadline)
 
 
-def _drive(trainer: Trainer) -> int:
-    """Run to the end with one progress line. Ctrl-C finishes the update, saves a checkpoint and stops."""
+def seconds_of(text: str) -> float:
+    """``"11h30m"``, ``"45m"``, ``"1.5h"`` or ``"90s"`` in seconds. Raises: ConfigError."""
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    try:
+        if found and any(found.groups()):
+            return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    except ValueError:
+        pass
+    raise ConfigError([f"{text!r} is not a time such as 11h30m, 45m or 90s"], "--stop-before")
+
+
+def _drive(trainer: Trainer, deadline: float | None) -> int:
+    """Run to the end with one progress line. Ctrl-C or SIGTERM finishes the update, saves a checkpoint and stops."""
     from tqdm import tqdm
 
     from sd3tune.progress import progress
-    from sd3tune.records import CheckpointRecord, EvalRecord
+    from sd3tune.records import CheckpointRecord, EvalRecord, NoticeRecord
 
-    records = progress(trainer)
+    records, longest, before = progress(trainer), 0.0, time.monotonic()
+    again = f"go on with: sd3tune train --resume {trainer.folder.path}"
     try:
         for record in records:
-            if isinstance(record, EvalRecord):
+            longest, before = max(longest, time.monotonic() - before), time.monotonic()
+            if deadline is not None and before + 2 * longest > deadline and not trainer.done:
+                records.close()
+                print(f"\nstopped after step {trainer.steps_done}, before the time was over; saved {trainer.secure()}\n{again}")
+                return 0
+            if isinstance(record, NoticeRecord) and record.step:
+                tqdm.write(f"step {record.step}: {record.text}")
+            elif isinstance(record, EvalRecord):
                 tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}")
             elif isinstance(record, CheckpointRecord):
                 tqdm.write(f"step {record.step}: saved {record.path}")
     except KeyboardInterrupt:
         records.close()
-        saved = trainer.checkpoint()
-        print(f"\ninterrupted after step {saved.step}; saved {saved.path}\ngo on with: sd3tune train --resume {trainer.folder.path}")
+        print(f"\ninterrupted after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
         return 130
+    if not trainer.done:
+        print(f"stopped after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
+        return 0
     print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
     return 0
 

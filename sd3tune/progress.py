@@ -65,7 +65,7 @@ def _in_terminal(trainer: Trainer, n: int | None) -> Generator[Record, None, Non
     from tqdm import tqdm
 
     line = Line(trainer)
-    left = trainer.cache.plan.steps - trainer.steps_done
+    left = trainer.total - trainer.steps_done
     with tqdm(total=left if n is None else min(n, left), desc="training", unit="update") as bar:
         for record in trainer.run(n):
             line.read(record)
@@ -93,7 +93,7 @@ class Line:
 
     def text(self) -> str:
         """Such as ``step 41/300 · loss 0.6123 · 25 s left``."""
-        done, total = self._trainer.steps_done, self._trainer.cache.plan.steps
+        done, total = self._trainer.steps_done, self._trainer.total
         left = (total - done) * self._seconds
         time_left = "" if done >= total or not left else f" · {duration(left)} left"
         return f"step {done}/{total} · {self.detail}{time_left}"

@@ -114,6 +114,14 @@ class NoticeRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WaitRecord(Record):
+    """The run waits and can go on; not written to the history."""
+
+    type: ClassVar[str] = "wait"
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentRecord(Record):
     """The run goes on from ``from_step`` of segment ``parent``; later lines of that parent no longer count."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.errors import CheckpointError, ConfigError, FileError
-from sd3tune.files import explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
+from sd3tune.files import digest_of, explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
+from sd3tune.keeping import best_of
 from sd3tune.records import Record, SegmentRecord
 from sd3tune.shown import Shown
 
@@ -53,6 +54,16 @@ class RunFolder:
         return self.path / "train.log"
 
     @property
+    def environment(self) -> Path:
+        """Every installed package with its version."""
+        return self.path / "environment.txt"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
     def lora(self) -> Path:
         """The final adapter, diffusers layout."""
         return self.path / "lora.safetensors"
@@ -76,52 +87,78 @@ class RunFolder:
     def write_checkpoint(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
     ) -> tuple[Path, int]:
-        """Write ``adapter`` and ``optimizer`` tensors and, last, ``state.json`` with their digests; then drop the oldest.
+        """Write ``adapter`` and ``optimizer`` tensors and ``state.json`` with their digests, read them back, then drop the oldest.
 
-        Returns the checkpoint's folder and its number of tensors. Raises: FileError.
+        Returns the checkpoint's folder and its number of tensors. Raises: FileError; CheckpointError when it does not read back.
+        Older checkpoints are then untouched.
         """
         from safetensors.torch import save
 
-        folder = self.path / "checkpoints" / f"step-{step:06d}"
-        if folder.exists():  # the same step of a run that was resumed from before it: the same bits, written again
-            shutil.rmtree(folder)
+        folder = self.checkpoint_folder / f"step-{step:06d}"
         with write_folder(folder) as draft:
             digests = {}
             for name, held in tensors.items():
-                file = draft / f"{name}.safetensors"
-                file.write_bytes(save({key: value.contiguous() for key, value in held.items()}))  # save_file would hide a full disk
-                digests[file.name] = file_digest(file)
+                data = save({key: value.contiguous() for key, value in held.items()})  # save_file would hide a full disk
+                (draft / f"{name}.safetensors").write_bytes(data)
+                digests[f"{name}.safetensors"] = digest_of(data)
             (draft / "state.json").write_text(json.dumps({**state, "sha256": digests}, indent=1) + "\n")
-        write_text(self.path / "checkpoints" / "latest.json", json.dumps({"step": step, "folder": folder.name}) + "\n")
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            if folder.exists():  # from before a resume or a rollback; readable under its other name until the new one is there
+                shutil.rmtree(folder.with_suffix(".old"), ignore_errors=True)
+                folder.rename(folder.with_suffix(".old"))
+        _, damage = read_state(folder)
+        if damage:
+            raise CheckpointError(f"{folder}: {damage}; the checkpoints before it are untouched, and the next one is tried elsewhere")
+        self.point_at(step)
+        self._rotate(step, keep)
         return folder, sum(len(held) for held in tensors.values())
+
+    def point_at(self, step: int) -> None:
+        """Make the checkpoint of ``step`` the newest that counts. Raises: FileError."""
+        write_text(self.checkpoint_folder / "latest.json", json.dumps({"step": step, "folder": f"step-{step:06d}"}) + "\n")
+
+    def _rotate(self, newest: int, keep: int) -> None:
+        """Drop what is too old, and what a rollback has left behind; the best and those with a file PINNED stay."""
+        best = best_of(self.checkpoint_folder)
+        kept = [p for p in self.checkpoints() if step_of(p) <= newest and p.suffix != ".old"][-keep:]
+        for folder in self.checkpoints():
+            is_best = best is not None and step_of(folder) == best[0] and step_of(folder) <= newest and folder.suffix != ".old"
+            if folder not in kept and not is_best and not (folder / PINNED).exists():
+                shutil.rmtree(folder)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(p.parent for p in (self.path / "checkpoints").glob("step-*/state.json"))
+        return sorted(p.parent for p in self.checkpoint_folder.glob("step-*/state.json"))
 
-    def read_checkpoint(self) -> dict[str, Any]:
+    def read_checkpoint(self, step: int | None = None, *, before: int = 0) -> dict[str, Any]:
         """The newest checkpoint that reads back whole: its state with the tensors of ``adapter`` and ``optimizer``.
 
-        Raises: CheckpointError when there is none.
+        ``folder`` is its path and ``passed_over`` says which newer ones are damaged. ``step`` asks for that one alone; ``before``
+        leaves out so many whole ones, as long as there are others. Raises: CheckpointError when there is none.
         """
         from safetensors.torch import load_file
 
-        damaged = []
-        for folder in reversed(self.checkpoints()):
-            try:
-                state = json.loads((folder / "state.json").read_text())
-                wrong = [name for name, mark in state["sha256"].items() if file_digest(folder / name) != mark]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                damaged.append(f"{folder.name}: {error}")
+        damaged, found = [], None
+        for folder in self._candidates(step):
+            state, damage = read_state(folder)
+            if damage:
+                damaged.append(f"{folder.name}: {damage}")
                 continue
-            if wrong:
-                damaged.append(f"{folder.name}: {wrong[0]} is not what was written")
-                continue
-            return {**state, **{name.removesuffix(".safetensors"): load_file(folder / name) for name in state["sha256"]}}
+            found, before = (folder, state), before - 1
+            if before < 0:
+                break
+        if found is not None:
+            folder, state = found
+            tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["sha256"]}
+            return {**state, **tensors, "folder": str(folder), "passed_over": damaged}
         why = "; damaged: " + "; ".join(damaged) if damaged else ""
         raise CheckpointError(f"{self.path}: there is no checkpoint to resume from{why}")
+
+    def _candidates(self, step: int | None) -> list[Path]:
+        """Checkpoints to try, newest first: none that a rollback has left behind."""
+        newest = latest_step(self.checkpoint_folder)
+        if step is not None:
+            return [p for p in reversed(self.checkpoints()) if step_of(p) == step]
+        return [p for p in reversed(self.checkpoints()) if newest is None or step_of(p) <= newest]
 
     # --- history -----------------------------------------------------------------------------------------------------
 
@@ -146,6 +183,34 @@ class RunFolder:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         write_with(self.loss_chart, lambda draft: figure.savefig(draft, format="png", dpi=130))
+
+
+PINNED = "PINNED"
+"""A file of this name in a checkpoint's folder keeps it."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates done at a checkpoint, by its folder's name; -1 for a name that is not ours."""
+    digits = checkpoint.stem.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def latest_step(checkpoints: Path) -> int | None:
+    """The step that ``latest.json`` points at; ``None`` when it cannot be read."""
+    try:
+        return int(json.loads((checkpoints / "latest.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_state(folder: Path) -> tuple[dict[str, Any], str]:
+    """``state.json`` of a checkpoint, and what is wrong with its files; empty when each is what was written."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        wrong = [name for name, mark in state["sha256"].items() if file_digest(folder / name) != mark]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, str(error)
+    return state, f"{wrong[0]} is not what was written" if wrong else ""
 
 
 class History:

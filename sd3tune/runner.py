@@ -134,7 +134,7 @@ class Runner:
 
     def _work(self, trainer: Trainer) -> str:
         self._put(
-            step=trainer.steps_done, total_steps=trainer.cache.plan.steps, folder=str(trainer.folder.path), config=trainer.config,
+            step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
             message="",
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")

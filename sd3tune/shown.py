@@ -20,3 +20,10 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f}".removesuffix(".0") + " h"
+
+
+def size_in_words(count: float) -> str:
+    """Bytes as a person says them: ``812 bytes``, ``1.6 MB``, ``13.9 GB``."""
+    if count < 1e4:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 class EncoderHandle:
     """A light handle on the encoders of a configuration: their identity, and a scope in which they are loaded."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    def __init__(self, config: RunConfig, device: str | None = None) -> None:
+        self._config, self._device = config, device
         self._folder = model_folder(config)
 
     @cached_property
@@ -79,16 +79,16 @@ class EncoderHandle:
     @contextmanager
     def load(self) -> Iterator[LoadedEncoders]:
         """Encoders for the duration of the block; memory is given back at its end."""
-        loaded = LoadedEncoders(self._config, pick_device())
+        loaded = LoadedEncoders(self._config, torch.device(self._device) if self._device else pick_device())
         try:
             yield loaded
         finally:
             loaded.release()
 
 
-def encoders(config: RunConfig) -> EncoderHandle:
-    """The encoders that a configuration names. Raises: ModelError."""
-    return EncoderHandle(config)
+def encoders(config: RunConfig, *, device: str | None = None) -> EncoderHandle:
+    """The encoders that a configuration names, to be loaded on the best device or on the one given. Raises: ModelError."""
+    return EncoderHandle(config, device)
 
 
 class LoadedEncoders:

@@ -5,6 +5,7 @@ Shapes: B images, C latent channels, H x W latent pixels.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -20,6 +21,7 @@ from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import Batches, fold, generator, noise
+from sd3tune.training.guard import Guard, GuardError, Refusal, due, sizes, suspects, worst_block
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
 from sd3tune.training.rules import Rules
 from sd3tune.training.schedules import learning_rate
@@ -59,6 +61,8 @@ class _Part:
     ids: tuple[str, ...]
     sigma_B: Tensor
     loss_B: Tensor
+    nothing_B: Tensor
+    """The loss of predicting zero."""
 
 
 class Engine:
@@ -74,16 +78,22 @@ class Engine:
             self.ema = {n: w.detach().to(rules.ema_device or w.device, torch.float32, copy=True) for n, w in self.weights.items()}
         self._aside: dict[str, Tensor] = {}
         self._device = next(iter(self.weights.values())).device
+        self.guard, self.skipped = Guard(), set[int]()
+        self._next, self._moving = 0, False
+        self._healthy: dict[str, Any] = {}
 
     def update(self, *, peak_learning_rate: float, max_grad_norm: float | None = None) -> StepRecord:
         """Do one update. Everything is measured and checked before the optimizer changes anything.
 
-        Raises: TrainingError when the gradient is not finite; the adapter is then unchanged.
+        Raises: GuardError when loss, gradient or adapter are not finite or run away. The weights are then those before this
+        update or, if they run away themselves, those of the last look that found them well.
         """
         started, rules = time.perf_counter(), self.rules
         most = rules.max_grad_norm if max_grad_norm is None else max_grad_norm
         self._put_back()
-        indices = range(self.updates * rules.accumulation, (self.updates + 1) * rules.accumulation)
+        number = self.next_batch
+        self._look(number)
+        indices = range(number * rules.accumulation, (number + 1) * rules.accumulation)
         images = sum(len(self.batches.placements(k)) for k in indices)
         parts, grad_norm = self._gradient(indices, images, most)
         while not math.isfinite(grad_norm) and self._scale > 1:  # an overflow of fp16: the same batches again, multiplied by less
@@ -91,29 +101,84 @@ class Engine:
             parts, grad_norm = self._gradient(indices, images, most)
         losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
         items = tuple(i for part in parts for i in part.ids)
-        step = self.updates + 1
-        if not math.isfinite(grad_norm):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"step {step}: the gradient is {grad_norm} (losses {[round(v, 4) for v in losses]}, items {list(items)}). The adapter "
-                "is unchanged. Lower learning_rate, or look at these items with the catalog."
-            )
-        rate = learning_rate(
-            self.updates, peak=peak_learning_rate, schedule=rules.schedule, warmup=rules.warmup, total=rules.total, cycles=rules.cycles,
-            power=rules.power, end=rules.end,
-        )  # fmt: skip
+        levels = tuple(torch.cat([p.sigma_B for p in parts]).tolist())
+        step, loss = self.updates + 1, sum(losses) / len(losses)
+        why, runaway = self.guard.objection(loss, grad_norm, nothing=float(torch.cat([part.nothing_B for part in parts]).mean()))
+        if why:
+            names, at = suspects(items, levels, losses)
+            self._refuse(Refusal(step, number, why, names, at, worst_block(self.weights), runaway))
+        rate = self.rate(peak_learning_rate)
         self._optimizer.param_groups[0]["lr"] = rate
+        self._moving = True
         self._optimizer.step()
-        self.updates = step
+        self.updates, self._next = step, number + 1
+        self.guard.accept(loss, grad_norm)
         self._follow(step)
+        self._moving = False
         if step == 10:
             self._assert_moved()
         seconds = time.perf_counter() - started
         return StepRecord(
-            step=step, loss=sum(losses) / len(losses), losses=losses, sigmas=tuple(torch.cat([p.sigma_B for p in parts]).tolist()),
+            step=step, loss=loss, losses=losses, sigmas=levels,
             items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds, images_per_second=len(items) / seconds,
             peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
+
+    def rate(self, peak: float) -> float:
+        """The learning rate of the next update."""
+        rules = self.rules
+        return learning_rate(
+            self.updates, peak=peak, schedule=rules.schedule, warmup=rules.warmup, total=rules.total, cycles=rules.cycles,
+            power=rules.power, end=rules.end,
+        )  # fmt: skip
+
+    def bytes(self) -> int:
+        """Size of a checkpoint's tensors, about: those of an optimizer that has not begun count as two moments."""
+        adapter = sum(weight.nbytes for weight in self.weights.values())
+        moments = sum(value.nbytes for value in optimizer_state(self._optimizer, self.weights)[0].values())
+        return adapter + max(moments, 2 * adapter) + sum(mean.nbytes for mean in self.ema.values())
+
+    def not_finite(self) -> str:
+        """The first weight, or average of one, that is not finite; empty when all are."""
+        for name, value in (*self.weights.items(), *self.ema.items()):
+            if not torch.isfinite(value).all():
+                return name
+        return ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state is one between two updates, and not one that an error left half way through an optimizer's step."""
+        return not self._moving
+
+    @property
+    def next_batch(self) -> int:
+        """Which update's worth of batches comes next: those that were skipped never come again."""
+        number = self._next
+        while number in self.skipped:
+            number += 1
+        return number
+
+    def skip(self, number: int) -> None:
+        """Leave out an update's worth of batches, now and after every rollback."""
+        self.skipped.add(number)
+
+    def _look(self, number: int) -> None:
+        """Look at the adapter itself, every few updates; remember it while it is well. Raises: GuardError."""
+        if not due(self.updates):
+            return
+        found = sizes(self.weights)
+        block, why = self.guard.grown(found)
+        if why:
+            self._refuse(Refusal(self.updates + 1, number, why, (), (), block, True))
+        self.guard.blocks = found
+        self._healthy = self.state_dict()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Change nothing; or, when the weights themselves run away, go back to where they were well. Raises: GuardError."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if refusal.runaway:
+            self.load_state_dict({**self._healthy, "skipped": sorted(self.skipped)})
+        raise GuardError(refusal)
 
     def _gradient(self, indices: range, images: int, most: float) -> tuple[list[_Part], float]:
         """The gradient of the mean loss over some batches, clipped; its norm before that."""
@@ -156,16 +221,18 @@ class Engine:
             shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
             offset=batch.sigma_offset, spread=rules.spread, k=k,
         )  # fmt: skip
+        latent_BCHW = batch.latent_BCHW.float().to(self._device)
         noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(self._device), None
         if rules.perturbation:
             extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(self._device)
         loss_B = flow.loss(
-            self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
+            self.velocity, latent_BCHW, batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
             sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
         )  # fmt: skip
         weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(self._device)
         (weighted_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
-        return _Part(batch.ids, sigma_B, loss_B.detach())
+        nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
+        return _Part(batch.ids, sigma_B, loss_B.detach(), nothing_B)
 
     @contextmanager
     def judged(self) -> Iterator[None]:
@@ -211,7 +278,7 @@ class Engine:
         mean = {f"ema.{name}": value.cpu() for name, value in self.ema.items()}
         return {
             "adapter": adapter, "optimizer": {**moments, **mean}, "optimizer_numbers": numbers, "updates": self.updates,
-            "loss_scale": [self._scale, self._calm],
+            "loss_scale": [self._scale, self._calm], "next": self._next, "skipped": sorted(self.skipped), "guard": self.guard.state(),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,6 +297,8 @@ class Engine:
         if self.rules.scaled:
             self._scale, self._calm = state.get("loss_scale", [self._scale, 0])
         self.updates = int(state["updates"])
+        self._next, self._moving = int(state.get("next", self.updates)), False
+        self.skipped, self.guard = set(state.get("skipped", ())), Guard(**copy.deepcopy(dict(state.get("guard", {}))))
 
 
 def peak_memory(device: torch.device) -> int:

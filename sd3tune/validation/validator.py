@@ -89,15 +89,24 @@ def grid_of(config: RunConfig, folder: RunFolder, cache: Cache, steps: list[int]
     wanted = cells(config)
     rows: list[tuple[str, tuple[Image.Image | None, ...]]] = []
     for step in steps:
-        paths = [picture_path(folder, step, number) for number in range(len(wanted))]
+        drawn = _drawn(folder, step)
         label = "base model" if step == 0 else f"LoRA, step {step}"
-        rows.append((label, tuple(_open(path) for path in paths)))
+        rows.append((label, tuple(_open(drawn[cell]) if cell in drawn else None for cell in wanted)))
     placements = {p.item.caption: p for p in (*cache.plan.train, *cache.plan.evaluation)}
     references = tuple(cut(placements[prompt]) if prompt in placements else None for prompt, _ in wanted)
     if any(references):
         rows.append(("reference", references))
     several = len(config.validation_sizes) > 1
     return Grid(tuple(rows), tuple(f"{prompt} {w}x{h}" if several else prompt for prompt, (w, h) in wanted))
+
+
+def _drawn(folder: RunFolder, step: int) -> dict[tuple[str, tuple[int, int]], Path]:
+    """The pictures of a step by prompt and size, for prompts may change in mid-run."""
+    found = {}
+    for path in sorted(folder.images(step).glob("*.json")):
+        row = json.loads(path.read_text())
+        found[row["prompt"], (row["width"], row["height"])] = path.with_suffix(".png")
+    return found
 
 
 def _open(path: Path) -> Image.Image | None:

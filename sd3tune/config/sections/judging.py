@@ -14,14 +14,14 @@ from sd3tune.config.declaring import MANY, STRICT, about
 class Validation:
     """The pictures drawn on the way. Nothing here touches training."""
 
-    validation_prompt: Annotated[str | tuple[str, ...], about("What to draw: one prompt or a list.")] = ()
+    validation_prompt: Annotated[str | tuple[str, ...], about("What to draw: one prompt or a list.", live=True)] = ()
     validation_negative_prompt: Annotated[str, about("What the guidance moves away from.", live=True)] = ""
     validation_resolution: Annotated[str, about('Sizes of the pictures, such as "1024x1024,1280x768".')] = "1024x1024"
     validation_guidance: Annotated[float, about("Classifier-free guidance scale; 1 is none.", low=0, high=30, live=True)] = 3.0
     validation_num_inference_steps: Annotated[int, about("Steps of the sampler.", low=1, high=1000, live=True)] = 28
     validation_seed: Annotated[int | None, about("Seed of the pictures' noise; the run's when left out.", low=0, high=2**32 - 1)] = None
     validation_steps: Annotated[
-        int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, high=MANY, unit="updates")
+        int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, high=MANY, unit="updates", live=True)
     ] = 100
     validation_shift: Annotated[float, about("Shift of the sampler's noise levels.", above=0, high=20)] = 3.0
     validation_guidance_skip_layers: Annotated[
@@ -45,7 +45,7 @@ class Evaluation:
     """The loss on held-out pictures (data sets of ``dataset_type: eval``)."""
 
     eval_steps_interval: Annotated[
-        int, about("Updates between evaluations; 0 at the start and the end only.", low=0, high=MANY, unit="updates")
+        int, about("Updates between evaluations; 0 at the start and the end only.", low=0, high=MANY, unit="updates", live=True)
     ] = 0
     num_eval_images: Annotated[int, about("Held-out pictures that are used.", low=1, high=MANY, unit="images")] = 4
     eval_timesteps: Annotated[int, about("Fixed noise levels at which each picture is judged.", low=1, high=1000)] = 28
@@ -57,4 +57,11 @@ class Run:
     """Where results go."""
 
     output_dir: Annotated[str, about("Folder of the run; a number is added rather than overwrite one.")] = "runs/run"
+    mirror_to: Annotated[
+        str | None,
+        about("Folder or address (such as s3://bucket/runs) to which each checkpoint is copied in the background, into a folder per run."),
+    ] = None
+    disk_low_threshold: Annotated[
+        float, about("Space that saving leaves free; with less, the run waits until there is room.", low=0, high=10_000, unit="GB")
+    ] = 0.2
     cache_dir: Annotated[str, about("Folder of encoded pictures and texts; may be shared by all runs.")] = "cache"

@@ -127,6 +127,11 @@ class Optimizer:
     grad_clip_method: Annotated[
         Literal["norm", "value"], about("Hold max_grad_norm against the length of the whole gradient, or against each element.")
     ] = "norm"
+    guard_policy: Annotated[
+        Literal["stop", "skip", "rollback"],
+        about("When an update is not finite or runs away: stop, leave its pictures out, or go back to a checkpoint with half the rate."),
+    ] = "stop"
+    guard_rollbacks: Annotated[int, about("How often rollback may go back before the run stops.", low=1, high=100)] = 3
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -134,9 +139,15 @@ class Schedule:
     """How long, and how often to save."""
 
     max_train_steps: Annotated[
-        int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, high=MANY, unit="updates")
+        int | None, about("Updates of the whole run (1000 when no epochs are given).", low=1, high=MANY, unit="updates", live=True)
     ] = None
     num_train_epochs: Annotated[int | None, about("Passes over the data, instead of updates.", low=1, high=MANY, unit="epochs")] = None
     seed: Annotated[int, about("Everything random about batch k is a function of this and k.", low=0, high=2**32 - 1)] = 42
-    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, high=MANY, unit="updates")] = 250
-    checkpoints_total_limit: Annotated[int, about("Newest checkpoints that are kept.", low=1, high=MANY)] = 3
+    checkpoint_step_interval: Annotated[int, about("Updates between checkpoints.", low=1, high=MANY, unit="updates", live=True)] = 250
+    checkpoint_minutes: Annotated[
+        float, about("Save at least this often too; 0 only counts updates.", low=0, high=100_000, unit="minutes", live=True)
+    ] = 5.0
+    checkpoints_total_limit: Annotated[
+        int, about("Newest checkpoints that are kept, besides the best and those with a file PINNED in them.", low=1, high=MANY)
+    ] = 3
+    checkpoint_keep_best: Annotated[bool, about("Also save and keep the state with the lowest loss on held-out pictures.")] = True

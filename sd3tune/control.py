@@ -1,0 +1,64 @@
+"""How a run is steered from outside: files in its folder, Ctrl-C, and SIGTERM. All of it takes effect between two updates."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+FILES = ("STOP", "PAUSE", "SAVE", "SAMPLE")
+"""Files that a person may create in the run folder. All but PAUSE, which lasts as long as its file, are taken away when obeyed."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM: somebody is about to take this machine away."""
+
+
+def asked(folder: Path) -> list[str]:
+    """The control files that are there, in the order in which they are obeyed."""
+    return [name for name in FILES if (folder / name).exists()]
+
+
+def take(folder: Path, name: str) -> None:
+    """Remove a control file that was obeyed."""
+    (folder / name).unlink(missing_ok=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise for the duration of the block, so that it can be saved before; in other threads, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # a generator may be closed elsewhere
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C, a notebook's stop button or SIGTERM take effect at the end of the block instead of in its middle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda got, frame: came.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGTERM in came:
+        raise TerminatedError
+    if came:
+        raise KeyboardInterrupt

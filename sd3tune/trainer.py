@@ -293,6 +293,7 @@ class Trainer:
         if self._mirror:
             self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file()])
             yield from self._news(wait=True)
+            self._mirror.close()
 
     def _tell(self, record: Record) -> Record:
         """Write a record to the history; those that are rare also to the log, in words."""

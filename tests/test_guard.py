@@ -96,7 +96,7 @@ def test_limits(loss: float, norm: float, said: str, runaway: bool) -> None:
     """The largest of the window (for losses here what predicting nothing costs, 2.0) times the factor is the limit."""
     guard = Guard()
     for number in range(8):
-        guard.accept(0.5, 2.0 if number == 3 else 1.0)
+        guard.accept(0.5, 2.0 if number == 3 else 1.0, nothing=2.0)
     found, is_runaway = guard.objection(loss, norm, nothing=2.0)
     assert found.startswith(said)
     assert bool(found) == bool(said)
@@ -106,15 +106,30 @@ def test_limits(loss: float, norm: float, said: str, runaway: bool) -> None:
 def test_the_window_forgets_and_gradients_need_some_history() -> None:
     """A large norm 50 updates ago counts no more; with four updates no norm is judged."""
     guard = Guard()
-    guard.accept(0.5, 1e6)
+    guard.accept(0.5, 1e6, nothing=2.0)
     for _ in range(3):
-        guard.accept(0.5, 1.0)
+        guard.accept(0.5, 1.0, nothing=2.0)
     assert guard.objection(0.5, 1e9, nothing=2.0) == ("", False)
     for _ in range(46):
-        guard.accept(0.5, 1.0)
+        guard.accept(0.5, 1.0, nothing=2.0)
     assert guard.objection(0.5, 1e5, nothing=2.0) == ("", False)
-    guard.accept(0.5, 1.0)
+    guard.accept(0.5, 1.0, nothing=2.0)
     assert "norm" in guard.objection(0.5, 1e5, nothing=2.0)[0]
+
+
+def test_a_model_that_has_forgotten_everything() -> None:
+    """The mean of eight losses near that of predicting nothing, from one that began well: broken; one that began so is not."""
+    for first, said in ((0.8, True), (1.3, False)):
+        guard = Guard()
+        for _ in range(2):
+            guard.accept(first, 1.0, nothing=2.0)
+        for _ in range(5):
+            assert guard.objection(1.7, 1.0, nothing=2.0)[1] is False
+            guard.accept(1.7, 1.0, nothing=2.0)
+        assert guard.objection(1.7, 1.0, nothing=2.0)[1] is False, "five of the last eight and this one: 0.74 on average is not enough"
+        guard.accept(1.7, 1.0, nothing=2.0)
+        why, runaway = guard.objection(1.7, 1.0, nothing=2.0)
+        assert ("the last 8 losses are 0.79 of predicting nothing, and began at 0.40" in why, runaway) == (said, said)
 
 
 def test_a_block_that_grows() -> None:

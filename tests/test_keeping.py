@@ -221,13 +221,13 @@ def test_a_low_disk_waits_and_goes_on(bench: Workbench, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
 def test_a_disk_that_is_really_full(bench: Workbench, tmp_path: Path) -> None:
-    """On a tmpfs of 12 MB: the run waits there when others fill it, and ends as an undisturbed one when they leave."""
+    """On a tmpfs of 60 MB: the run waits there when others fill it, and ends as an undisturbed one when they leave."""
     mount = tmp_path / "small"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(mount)], capture_output=True, check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(mount)], capture_output=True, check=False).returncode:
         pytest.skip("this machine does not let us mount")
     try:
-        settings = {**PLAIN, "checkpoint_step_interval": 2, "disk_low_threshold": 0.0}
+        settings = {**PLAIN, "checkpoint_step_interval": 2, "disk_low_threshold": 0.0, "checkpoints_total_limit": 1}
         trainer, whole = bench.trainer(**settings, output_dir=str(mount / "run")), bench.trainer(**settings)
         waited = 0
         for record in trainer.run():
@@ -235,6 +235,7 @@ def test_a_disk_that_is_really_full(bench: Workbench, tmp_path: Path) -> None:
                 free = shutil.disk_usage(mount).free
                 (mount / "ballast").write_bytes(b"0" * (free - 200_000))
             waited += record.type == "wait"
+            assert waited < 50
             if waited == 2:
                 (mount / "ballast").unlink(missing_ok=True)
         for _ in whole.run():
@@ -401,7 +402,7 @@ def test_a_checkpoint_can_be_chosen(bench: Workbench) -> None:
 
 def test_new_prompts_in_mid_run(bench: Workbench) -> None:
     """A prompt that was not read is refused with the way to do it; then it is drawn, and the row before stays blank there."""
-    trainer = bench.trainer(validation_prompt="lock", max_train_steps=4, eval_loss_disable=True)
+    trainer = bench.trainer(validation_prompt="lock", max_train_steps=6, eval_loss_disable=True)
     for _ in drive(trainer, until=1):
         pass
     assert (
@@ -461,8 +462,8 @@ def test_skip_leaves_the_batch_out_for_good_and_replays(bench: Workbench) -> Non
 def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench) -> None:
     """A learning rate of 1: caught within 3 updates each time, halved until the run ends finite and better than the base."""
     trainer = bench.trainer(
-        validation_prompt=(), max_train_steps=40, guard_policy="rollback", guard_rollbacks=12, learning_rate=1.0, lr_scheduler="constant",
-        num_eval_images=4,
+        validation_prompt=(), max_train_steps=40, guard_policy="rollback", guard_rollbacks=12, learning_rate=1.0, lr_scheduler="cosine",
+        num_eval_images=4, lr_warmup_steps=0,
     )  # fmt: skip
     start = trainer.state_dict()
     seen: list[Record] = []
@@ -484,7 +485,8 @@ def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench) 
 def test_rollback_ends_when_it_was_tried_often_enough(bench: Workbench) -> None:
     """guard_rollbacks is the number of times; then the run stops with the guard's message."""
     trainer = bench.trainer(**PLAIN, guard_policy="rollback", guard_rollbacks=2)
-    trainer.engine.velocity = lambda *given: given[0] * float("nan")
+    velocity = trainer.engine.velocity
+    trainer.engine.velocity = lambda *given: velocity(*given) * float("nan")
     with pytest.raises(st.TrainingError, match="step 1: the gradient is nan"):
         for _ in trainer.run():
             pass
@@ -512,9 +514,10 @@ def test_replay_obeys_every_command(bench: Workbench) -> None:
 
 def test_nothing_is_left_running(bench: Workbench, tmp_path: Path) -> None:
     """A finished run with a mirror leaves no thread behind."""
-    before = threading.active_count()
-    trainer = bench.trainer(**{**PLAIN, "max_train_steps": 2}, mirror_to=str(tmp_path / "away"))
+    bench.cache(bench.config())
+    before = {*threading.enumerate()}
+    trainer = bench.trainer(**{**PLAIN, "max_train_steps": 5}, mirror_to=str(tmp_path / "away"))
     for _ in trainer.run():
         pass
-    assert threading.active_count() == before
+    assert not [thread for thread in {*threading.enumerate()} - before if "mirror" in thread.name]
     assert (tmp_path / "away" / trainer.folder.path.name / "lora.safetensors").exists()

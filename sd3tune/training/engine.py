@@ -103,7 +103,8 @@ class Engine:
         items = tuple(i for part in parts for i in part.ids)
         levels = tuple(torch.cat([p.sigma_B for p in parts]).tolist())
         step, loss = self.updates + 1, sum(losses) / len(losses)
-        why, runaway = self.guard.objection(loss, grad_norm, nothing=float(torch.cat([part.nothing_B for part in parts]).mean()))
+        nothing = float(torch.cat([part.nothing_B for part in parts]).mean())
+        why, runaway = self.guard.objection(loss, grad_norm, nothing=nothing)
         if why:
             names, at = suspects(items, levels, losses)
             self._refuse(Refusal(step, number, why, names, at, worst_block(self.weights), runaway))
@@ -112,7 +113,7 @@ class Engine:
         self._moving = True
         self._optimizer.step()
         self.updates, self._next = step, number + 1
-        self.guard.accept(loss, grad_norm)
+        self.guard.accept(loss, grad_norm, nothing=nothing)
         self._follow(step)
         self._moving = False
         if step == 10:

@@ -31,6 +31,15 @@ On the playground with rates that learn, the largest seen were 4.6 and 1.5.
 LOSS_FACTOR = 3.0
 """How many times the largest loss of the window, or what predicting nothing would cost, is too much."""
 
+RECENT = 8
+"""Updates whose mean loss tells a model that has forgotten everything from an unlucky batch."""
+
+BROKEN, BEGINNING = 0.75, 0.6
+"""Mean loss, as a share of what predicting nothing costs, above which a model is broken that began below the second number.
+
+On the playground the means of 8 updates are at most 0.4 with rates that learn and at least 0.82 with rates that break it.
+"""
+
 STILL = 0.01
 """A block whose weights' root mean square is below this has hardly begun; growth counts from here."""
 
@@ -73,6 +82,10 @@ class Guard:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     blocks: dict[str, float] = field(default_factory=dict)
+    shares: list[float] = field(default_factory=list)
+    """Losses as shares of what predicting nothing costs."""
+    began: float | None = None
+    """That of the first two updates, when the adapter had not done anything yet."""
 
     def objection(self, loss: float, grad_norm: float, *, nothing: float) -> tuple[str, bool]:
         """What is wrong with a loss and a gradient norm, and whether that looks like a runaway; empty when nothing is.
@@ -84,6 +97,10 @@ class Guard:
         most = LOSS_FACTOR * max([nothing, *self.losses])
         if loss > most:
             return f"the loss is {loss:.4g}, above {most:.4g} = {LOSS_FACTOR:g} x that of the last updates and of predicting nothing", True
+        shares = [*self.shares, loss / nothing]
+        if self.began is not None and self.began < BEGINNING and len(shares) >= RECENT and sum(shares) > BROKEN * len(shares):
+            share = sum(shares) / len(shares)
+            return f"the last {RECENT} losses are {share:.2f} of predicting nothing, and began at {self.began:.2f}", True
         if len(self.norms) >= ENOUGH and grad_norm > GRADIENT_FACTOR * max(self.norms):
             return f"the gradient's norm is {grad_norm:.4g}, above {GRADIENT_FACTOR:g} x the largest of the last updates", True
         return "", False
@@ -98,14 +115,17 @@ class Guard:
                 return name, f"the adapter's weights grew from {before:.3g} to {size:.3g} (root mean square)"
         return "", ""
 
-    def accept(self, loss: float, grad_norm: float) -> None:
+    def accept(self, loss: float, grad_norm: float, *, nothing: float) -> None:
         """Take in an update that will be applied."""
+        self.shares = [*self.shares[2 - RECENT :], loss / nothing]
+        if self.began is None and len(self.losses) == 1:
+            self.began = sum(self.shares) / 2
         self.losses = [*self.losses[1 - WINDOW :], loss]
         self.norms = [*self.norms[1 - WINDOW :], grad_norm]
 
     def state(self) -> dict[str, Any]:
         """Plain data."""
-        return {"losses": self.losses, "norms": self.norms, "blocks": self.blocks}
+        return {"losses": self.losses, "norms": self.norms, "blocks": self.blocks, "shares": self.shares, "began": self.began}
 
 
 def due(updates: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
 from sd3tune.training import flow, sigmas
-from sd3tune.training.batches import Batches, fold, generator, noise
+from sd3tune.training.batches import Batch, Batches, fold, generator, noise
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
 from sd3tune.training.rules import Rules
 from sd3tune.training.schedules import learning_rate
@@ -59,13 +59,23 @@ class _Part:
     ids: tuple[str, ...]
     sigma_B: Tensor
     loss_B: Tensor
+    regularisation: bool = False
+
+
+def _mean(parts: Sequence[_Part], *, regularisation: bool) -> float | None:
+    """Mean loss of the pictures of one kind; nothing when there is none."""
+    losses = [value for part in parts if part.regularisation == regularisation for value in part.loss_B.tolist()]
+    return sum(losses) / len(losses) if losses else None
 
 
 class Engine:
     """Advance an adapter one update at a time."""
 
-    def __init__(self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules) -> None:
-        self.velocity, self.weights, self.batches, self.rules = velocity, dict(weights), batches, rules
+    def __init__(
+        self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules,
+        prior: flow.Velocity | None = None,
+    ) -> None:  # fmt: skip
+        self.velocity, self.weights, self.batches, self.rules, self.prior = velocity, dict(weights), batches, rules, prior
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
         self._optimizer = new_optimizer(rules.rule, self.weights, seed=rules.seed)
@@ -110,9 +120,9 @@ class Engine:
             self._assert_moved()
         seconds = time.perf_counter() - started
         return StepRecord(
-            step=step, loss=sum(losses) / len(losses), losses=losses, sigmas=tuple(torch.cat([p.sigma_B for p in parts]).tolist()),
-            items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds, images_per_second=len(items) / seconds,
-            peak_memory_bytes=peak_memory(self._device),
+            step=step, loss=_mean(parts, regularisation=False), regularisation_loss=_mean(parts, regularisation=True), losses=losses,
+            sigmas=tuple(torch.cat([p.sigma_B for p in parts]).tolist()), items=items, learning_rate=rate, grad_norm=grad_norm,
+            seconds=seconds, images_per_second=len(items) / seconds, peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
 
     def _gradient(self, indices: range, images: int, most: float) -> tuple[list[_Part], float]:
@@ -162,10 +172,20 @@ class Engine:
         loss_B = flow.loss(
             self.velocity, batch.latent_BCHW.float().to(self._device), batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
             sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
+            mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(self._device), mask_normalise=rules.mask_normalise,
+            prior=self._prior_of(batch),
         )  # fmt: skip
         weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(self._device)
+        if batch.regularisation:
+            weighted_B = rules.regularisation_weight * weighted_B
         (weighted_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
-        return _Part(batch.ids, sigma_B, loss_B.detach())
+        return _Part(batch.ids, sigma_B, loss_B.detach(), batch.regularisation)
+
+    def _prior_of(self, batch: Batch) -> flow.Velocity | None:
+        """What says where the model should stay; nothing for pictures to learn from."""
+        if batch.regularisation and self.prior is None:
+            raise TrainingError("a batch is regularisation data, but the engine was not given the base model's velocity (prior)")
+        return self.prior if batch.regularisation else None
 
     @contextmanager
     def judged(self) -> Iterator[None]:

@@ -42,10 +42,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
 
 def _masks(made: dict[str, Any], notes: Notes, masks: Collection[str]) -> None:
     made["mask_normalise"] = False
-    notes["mask_normalise"] = (
-        "taken over",
-        "False: there a masked loss is not divided by the mask's area; true lets small masks count, too",
-    )
+    notes["mask_normalise"] = ("taken over", "False: there a masked loss is not divided by its mask's area; true lets small masks count")
     if "masked_loss_probability" in made and "segmentation" not in masks:
         made.pop("masked_loss_probability")
         notes["masked_loss_probability"] = (

@@ -1,9 +1,10 @@
 """Does regularisation keep what the base knows?
 
 On the playground: a LoRA learns the style of half of the training pictures, without and with regularisation on pictures that the base
-model draws of 24 other captions (the class pictures). Judged after the same number of updates that learn (with regularisation the run is
-longer by the batches of class pictures) on: the base's drawings of 24 captions that neither saw (how much of the base is lost), and the
-held-out pictures of the new style (what was learned). python benchmarks/regularisation.py [--seeds 2] [--steps 200]
+model draws of 24 other captions (the class pictures). Judged before, after half, and after all of the updates that learn (with
+regularisation there are as many again on class pictures) on: the base's drawings of 24 captions that neither saw (others: how much of
+the base is lost), and the held-out pictures of the new style (style: what was learned).
+python benchmarks/regularisation.py [--seeds 2] [--steps 200]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def main() -> None:
         for seed in range(options.seeds):
             for weight in (None, *options.weights):
                 started = time.process_time()
-                row = run(folder, seed, options.steps, weight)
-                print(json.dumps({**row, "cpu_seconds": round(time.process_time() - started)}), flush=True)
+                for row in run(folder, seed, options.steps, weight):
+                    print(json.dumps({**row, "cpu_seconds": round(time.process_time() - started)}), flush=True)
 
 
 def pictures(folder: Path) -> None:
@@ -57,8 +59,8 @@ def pictures(folder: Path) -> None:
     list(draw(config.replace(validation_seed=1000), held, folder / "others", 24))
 
 
-def run(folder: Path, seed: int, steps: int, weight: float | None) -> dict[str, Any]:
-    """Both losses before and after one run; without regularisation when there is no weight."""
+def run(folder: Path, seed: int, steps: int, weight: float | None) -> Iterator[dict[str, Any]]:
+    """Both losses before, half through and after one run; without regularisation when there is no weight."""
     data = folder / "datasets.yaml"
     rows = [f"- {{id: style, instance_data_dir: {folder / 'style'}, {CROP}}}"]
     if weight is not None:
@@ -68,23 +70,19 @@ def run(folder: Path, seed: int, steps: int, weight: float | None) -> dict[str, 
     )
     settings = {
         "seed": seed, "validation_prompt": (), "num_eval_images": 24, "cache_dir": str(folder / "cache"), "eval_timesteps": 8,
-        "regularisation_weight": 1.0 if weight is None else weight, "max_train_steps": 10_000,
+        "regularisation_weight": 1.0 if weight is None else weight, "max_train_steps": 10_000, "lr_warmup_steps": 0,
     }  # fmt: skip
     config = st.presets.playground(**settings, output_dir=str(folder / "runs" / f"{seed}-{weight}"))
     trainer = st.Trainer(config, built(data, config))
     judge = folder / "judge.yaml"
     judge.write_text(f"{rows[0]}\n- {{id: others, instance_data_dir: {folder / 'others'}, {CROP}, dataset_type: eval}}\n")
     base = built(judge, config)
-    before = losses(trainer, base)
-    learned = prior = 0
-    while learned < steps:
-        record = trainer.step()
-        learned, prior = learned + (record.loss is not None), prior + (record.loss is None)
-    after = losses(trainer, base)
-    return {
-        "seed": seed, "weight": weight, "updates": learned + prior,
-        **{f"{name}_{when}": round(value, 4) for when, found in (("before", before), ("after", after)) for name, value in found.items()},
-    }  # fmt: skip
+    learned = 0
+    for wanted in (0, steps // 2, steps):
+        while learned < wanted:
+            learned += trainer.step().loss is not None
+        found = {name: round(value, 4) for name, value in losses(trainer, base).items()}
+        yield {"seed": seed, "weight": weight, "learned": learned, "updates": trainer.steps_done, **found}
 
 
 def built(data: Path, config: st.RunConfig) -> st.Cache:

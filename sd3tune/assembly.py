@@ -13,6 +13,7 @@ from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.optimizers import options_of
 from sd3tune.config.rules import spreads_of
 from sd3tune.config.schema import RunConfig
+from sd3tune.data.buckets import LATENT_FACTOR
 from sd3tune.data.catalog import from_datasets
 from sd3tune.data.datasets import dataset_of
 from sd3tune.data.planning import Plan, plan
@@ -24,9 +25,6 @@ from sd3tune.training.flow import Measure
 from sd3tune.training.optim import Rule
 from sd3tune.training.rules import Rules
 from sd3tune.training.spreads import Kind, Spread
-
-LATENT_FACTOR = 8
-"""Pixels of a latent pixel's side, in every SD3."""
 
 
 def spec_of(config: RunConfig) -> adapters.Spec:
@@ -66,6 +64,7 @@ def rules_of(config: RunConfig, made: Plan) -> Rules:
         spread=spread_of(config), measure=Measure(objective.loss_type, objective.huber_c), weighting=objective.loss_weighting,
         perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
         cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,
+        mask_normalise=objective.mask_normalise, regularisation_weight=objective.regularisation_weight,
     )  # fmt: skip
 
 
@@ -98,7 +97,7 @@ def check_sizes(made: Plan, model: Any) -> None:
 
 def plan_digest(made: Plan) -> str:
     """Digest of what decides the order of the data, whatever the number of updates."""
-    rows = [f"{p.item.id} {p.bucket} {p.copy}" for p in made.train]
+    rows = [f"{p.item.id} {p.bucket} {p.copy}" + " stays" * p.item.dataset.is_regularisation_data for p in made.train]
     return digest(str(made.batch_size), str(made.accumulation), *rows)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sd3tune as st
+from sd3tune import cli_data
+from sd3tune.cli_data import config_of
 from sd3tune.errors import ConfigError, Sd3TuneError
 
 if TYPE_CHECKING:
@@ -68,13 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument("--cache", metavar="FOLDER", help="the cache folder; that of the run's settings when left out")
     kept.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
     kept.add_argument("--yes", action="store_true", help="prune: really delete what was shown")
-    data = verb("data", _data, "download a data set of the hub, or caption a folder of pictures with a model")
-    data.add_argument("what", choices=("download", "caption"))
-    data.add_argument("name", nargs="?", help="download: owner/name on the hub (that of SimpleTuner's guide); caption: the folder")
-    data.add_argument("--to", metavar="DIR", help="download: where to (datasets/NAME)")
-    data.add_argument("--model", help="caption: an image-to-text model of the hub, or its folder")
-    data.add_argument("--prompt", default="", help="caption: what to ask a model that takes a question")
-    data.add_argument("--out", metavar="FILE", help="caption: the file to write (FOLDER.captions.jsonl beside the folder)")
+    cli_data.add_arguments(verb("data", cli_data.run, "download a data set of the hub, caption or mask pictures, or draw class pictures"))
     lora = verb("lora", _lora, "look at a LoRA file of any tool, verify it against a model, convert it, or merge it into a model")
     lora.add_argument("what", choices=("inspect", "verify", "convert", "merge"))
     lora.add_argument("file", help="a .safetensors file")
@@ -99,15 +95,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
-def _config(options: argparse.Namespace) -> st.RunConfig:
-    from sd3tune.config.reading import parse_setting
-
-    base = st.RunConfig.load(options.config) if options.config else st.presets.playground()
-    return base.replace(**dict(map(parse_setting, options.set)))
-
-
 def _made_plan(options: argparse.Namespace) -> tuple[st.RunConfig, Plan]:
-    config = _config(options)
+    config = config_of(options)
     return config, st.plan(st.discover(options.data), config)
 
 
@@ -186,7 +175,7 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
 def _cache(options: argparse.Namespace) -> int:
     from sd3tune.cache import upkeep
 
-    root = options.cache or _config(options).run.cache_dir
+    root = options.cache or config_of(options).run.cache_dir
     if options.what == "stats":
         print(upkeep.stats(root))
     elif options.what == "verify":
@@ -242,7 +231,7 @@ def _lora(options: argparse.Namespace) -> None:
         print(lora)
         return
     if options.what == "verify":
-        print(merging.check_fit(lora, _config(options), str(file)))
+        print(merging.check_fit(lora, config_of(options), str(file)))
         return
     if not options.out:
         raise ConfigError([f"{options.what} needs --out"], "sd3tune lora")
@@ -252,30 +241,7 @@ def _lora(options: argparse.Namespace) -> None:
     if options.what == "convert":
         print(f"{out}: {lora_files.write(out, lora, options.to)}")
     else:
-        print(merging.merge(lora, _config(options), out, strength=options.strength))
-
-
-def _data(options: argparse.Namespace) -> None:
-    from sd3tune.data.download import GUIDE
-
-    if options.what == "download":
-        folder = st.download_dataset(options.name or GUIDE, options.to)
-        print(f"fetched into {folder.absolute()}; name it as instance_data_dir in datasets.yaml")
-        return
-    from tqdm import tqdm
-
-    from sd3tune.models.captioning import captions_of, save
-
-    if not options.name or not options.model:
-        raise ConfigError(["caption needs a folder and --model, for example --model Salesforce/blip-image-captioning-base"], "sd3tune data")
-    folder = Path(options.name)
-    out = Path(options.out) if options.out else folder.absolute().with_name(f"{folder.absolute().name}.captions.jsonl")
-    rows = list(tqdm(captions_of(folder, options.model, prompt=options.prompt), desc="captioning", unit="picture"))
-    save(rows, out)
-    for row in rows:
-        if row.problem:
-            print(f"left out: {row.file_name}: {row.problem}")
-    print(f"{out}: read and correct it, then write in datasets.yaml\n  caption_strategy: jsonl\n  parquet: {{path: {out}}}")
+        print(merging.merge(lora, config_of(options), out, strength=options.strength))
 
 
 def _import(options: argparse.Namespace) -> None:

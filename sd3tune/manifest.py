@@ -48,6 +48,10 @@ class Manifest(Shown):
     """Of 10,000 noise levels drawn as in the run, how many lie in each tenth of 0 to 1."""
     shifts: tuple[tuple[str, float], ...] = ()
     """The shift of noise levels for each size."""
+    masks: tuple[tuple[str, int, float, float], ...] = ()
+    """Data set, pictures with a mask, and the mean and the smallest share of a picture that its mask counts."""
+    regularisation: tuple[tuple[str, int, float], ...] = ()
+    """Data set, pictures on which the model should stay as it is, and their weight."""
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -67,6 +71,14 @@ class Manifest(Shown):
             f"adapter   {self.trainable_tensors} tensors, {self.trainable_parameters:,} parameters on {self.device}",
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
             *self._noise(),
+            *(
+                f"masks     {name}: {count} pictures with a mask; on average {mean:.1%} of a picture counts, at least {least:.1%}"
+                for name, count, mean, least in self.masks
+            ),
+            *(
+                f"stays     {name}: {count} pictures whose target is the base model's own prediction, weight {weight:g}"
+                for name, count, weight in self.regularisation
+            ),
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
             *(f"refused   {path}: {reason}" for path, reason in self.refused),
             *(f"truncated {said}" for said in self.captions_truncated),
@@ -112,6 +124,26 @@ def shifts_of(plan: Plan, rules: Rules) -> tuple[tuple[str, float], ...]:
     from sd3tune.training.sigmas import factor_of
 
     return tuple((str(b), factor_of(rules.shift, b.height // 8, b.width // 8)) for b in sorted({p.bucket for p in plan.train}))
+
+
+def masks_of(cache: Cache) -> tuple[tuple[str, int, float, float], ...]:
+    """For each data set with masks: pictures, and mean and smallest share of a cut that counts."""
+    shares: dict[str, list[float]] = {}
+    pictures: dict[str, set[Any]] = {}
+    for cut in cache.plan.cuts:
+        if cut.item.mask is not None:
+            shares.setdefault(cut.item.dataset.id, []).append(cache.mask_share(cut))
+            pictures.setdefault(cut.item.dataset.id, set()).add(cut.item.path)
+    return tuple((name, len(pictures[name]), sum(found) / len(found), min(found)) for name, found in shares.items())
+
+
+def regularisation_of(plan: Plan, weight: float) -> tuple[tuple[str, int, float], ...]:
+    """For each regularisation data set: its pictures, and their weight."""
+    pictures: dict[str, set[Any]] = {}
+    for placement in plan.train:
+        if placement.item.dataset.is_regularisation_data:
+            pictures.setdefault(placement.item.dataset.id, set()).add(placement.item.path)
+    return tuple((name, len(found), weight) for name, found in pictures.items())
 
 
 def count_dtypes(tensors: Iterable[Tensor]) -> str:
@@ -161,4 +193,6 @@ def describe(
         advice=advice,
         levels=drawn_levels(plan, rules),
         shifts=shifts_of(plan, rules),
+        masks=masks_of(cache),
+        regularisation=regularisation_of(plan, rules.regularisation_weight),
     )

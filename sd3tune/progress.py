@@ -85,7 +85,8 @@ class Line:
         """Take in one record."""
         if isinstance(record, StepRecord):
             self._seconds = 0.9 * self._seconds + 0.1 * record.seconds if self._seconds else record.seconds
-            self.detail = f"loss {record.loss:.4f}"
+            found = (("loss", record.loss), ("regularisation", record.regularisation_loss))
+            self.detail = ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)
         elif isinstance(record, PreviewRecord):
             self.detail = f'drawing "{record.prompt}" {record.sampler_step}/{record.sampler_steps}'
         else:

@@ -40,7 +40,8 @@ class StepRecord(Record):
     """One optimizer update: what it saw and what it measured before it changed anything."""
 
     type: ClassVar[str] = "step"
-    loss: float
+    loss: float | None
+    """Mean over the pictures to learn from; nothing when all of this update were regularisation pictures."""
     losses: tuple[float, ...]
     sigmas: tuple[float, ...]
     items: tuple[str, ...]
@@ -49,6 +50,8 @@ class StepRecord(Record):
     seconds: float
     images_per_second: float
     peak_memory_bytes: int
+    regularisation_loss: float | None = None
+    """Mean over regularisation pictures: how far the model is from the base there. ``losses`` holds those of both kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)

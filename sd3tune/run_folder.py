@@ -171,7 +171,7 @@ class RunFolder:
         from matplotlib.figure import Figure
 
         history = self.read_history()
-        steps = [r for r in history if r["type"] == "step"]
+        steps = [r for r in history if r["type"] == "step" and r["loss"] is not None]
         evals = [r for r in history if r["type"] == "eval"]
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.add_subplot()

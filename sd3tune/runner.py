@@ -224,7 +224,8 @@ class Runner:
     def _take(self, record: Record, trainer: Trainer) -> None:
         """Put a record into the snapshot."""
         if isinstance(record, StepRecord):
-            self._points.append((record.step, record.loss))
+            if record.loss is not None:
+                self._points.append((record.step, record.loss))
             self._put(points=self._points, count=len(self._points))
         elif isinstance(record, ImageRecord):
             self._put(grid=small_png(trainer.grid().image()), grid_step=record.step)

@@ -42,6 +42,7 @@ from sd3tune.training.batches import Batches
 from sd3tune.training.engine import Engine, TransformerVelocity
 from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
+from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
@@ -79,10 +80,13 @@ class Trainer:
             weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
         begun = begin(config, weights) if folder is None else ""
         batches = Batches(
-            cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw
-        )
+            cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw,
+            masked_probability=config.objective.masked_loss_probability,
+        )  # fmt: skip
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
-        self.engine = Engine(velocity, weights, batches, rules_of(config, cache.plan))
+        self.engine = Engine(
+            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network)
+        )  # fmt: skip
         self._validator = Validator(self.transformer, cache, self.device)
         cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(

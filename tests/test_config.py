@@ -22,6 +22,7 @@ from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {
+    "mask_normalise": True, "masked_loss_probability": 1.0, "regularisation_weight": 1.0,
     "mixed_precision": "bf16", "base_model_precision": "no_change", "tokenizer_max_length": 154,
     "lora_rank": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": "attention",
     "train_batch_size": 1, "gradient_accumulation_steps": 1, "vae_batch_size": 4, "text_encoder_batch_size": 16,

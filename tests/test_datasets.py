@@ -18,7 +18,7 @@ from sd3tune.config import presets
 from sd3tune.data import discover
 from sd3tune.data.captions import filtered, shuffled
 from sd3tune.data.datasets import CaptionShuffle, Dataset
-from sd3tune.data.entries import LATER, REFUSED, UNNECESSARY, read_datasets
+from sd3tune.data.entries import REFUSED, UNNECESSARY, read_datasets
 from sd3tune.errors import ConfigError, DataError
 from sd3tune.training.batches import Batches
 
@@ -56,11 +56,11 @@ def captions_of(folder: Path, **values: Any) -> dict[str, tuple[str, ...]]:
 @pytest.mark.parametrize("key", GUIDE)
 def test_every_key_is_known(key: str) -> None:
     """Each is obeyed, or said to be unnecessary, or refused with a reason; none is both, and none is unknown."""
-    fields = set(Dataset.__dataclass_fields__) | {"disable"}
-    assert [key in fields, key in UNNECESSARY, key in REFUSED, key in LATER].count(True) == 1
+    fields = set(Dataset.__dataclass_fields__) | {"disable", "is_regularization_data"}
+    assert [key in fields, key in UNNECESSARY, key in REFUSED].count(True) == 1
 
 
-@pytest.mark.parametrize("key", [*LATER, *REFUSED])
+@pytest.mark.parametrize("key", REFUSED)
 def test_what_cannot_be_obeyed_is_refused(tmp_path: Path, key: str) -> None:
     """Nobody trains on something else than the file says."""
     with pytest.raises(ConfigError) as caught:

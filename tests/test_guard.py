@@ -120,7 +120,7 @@ def test_the_window_forgets_and_gradients_need_some_history() -> None:
 def test_a_model_that_has_forgotten_everything() -> None:
     """The mean of eight losses near that of predicting nothing, from one that began well: broken; one that began so is not."""
     for first, said in ((0.8, True), (1.3, False)):
-        guard = Guard()
+        guard = Guard(began=first / 2)
         for _ in range(2):
             guard.accept(first, 1.0, nothing=2.0)
         for _ in range(5):

@@ -180,7 +180,7 @@ def test_data_sets_that_cannot_be_served(tmp_path: Path) -> None:
     made = imported(tmp_path, GUIDE, json.dumps(rows))
     found = fates(made)
     assert {key for key, fate in found.items() if key.startswith("a.") and fate == {"no counterpart"}} == {
-        "a.delete_problematic_images", "a.is_regularisation_data", "a.resolutoin", "a.repeats",
+        "a.delete_problematic_images", "a.resolutoin", "a.repeats",
     }  # fmt: skip
     assert made.datasets[0] == {
         "id": "a",
@@ -188,6 +188,7 @@ def test_data_sets_that_cannot_be_served(tmp_path: Path) -> None:
         "instance_data_dir": "in",
         "crop_style": "face",
         "crop": True,
+        "is_regularisation_data": True,
         "caption_strategy": "filename",
     }
     assert made.datasets[1] == {"id": "b", "type": "aws", "instance_data_dir": "in", "aws_bucket_name": "x"}

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from sd3tune.cache.decoding import Decoded, decode
 from sd3tune.cache.findings import findings
 from sd3tune.cache.keys import latent_key, text_key
+from sd3tune.cache.masking import decode_mask, without_black
 from sd3tune.cache.memory import Halving
-from sd3tune.cache.reading import Cache, Coverage
+from sd3tune.cache.reading import Cache, Coverage, mask_key_of
 from sd3tune.cache.states import Encoders, LoadedEncoders
 from sd3tune.cache.store import Entry, Store
 from sd3tune.data.buckets import Bucket, Placement
@@ -76,11 +77,14 @@ class CacheBuilder:
         broken = {record.name: record.problem for record in records if record.kind == "pictures" and record.problem}
         lost = {r.key: r.problem for r in entries if r.problem and not self.store.has(r.kind, r.key)}
         if lost:  # by key and not by name: the same bytes may lie in several files
-            broken |= {str(cut.item.path): lost[self._latent_key(cut)] for cut in self.plan.cuts if self._latent_key(cut) in lost}
+            keys = [(cut, key) for cut in self.plan.cuts for key in (mask_key_of(cut), self._latent_key(cut))]
+            broken |= {str(cut.item.path): lost[key] for cut, key in keys if key in lost}
         reused = sum(record.reused for record in entries)
         plan = self.plan.without(broken)
         looks = {str(cut.item.path): self.store.facts("latents", self._latent_key(cut)) for cut in plan.cuts}
         plan = findings(plan, looks)
+        shares = enumerate(self.store.facts("masks", mask_key_of(cut)).get("coverage") for cut in plan.cuts)
+        plan = without_black(plan, dict(shares))
         return Cache(plan, self._encoders, store=self.store, hits=reused, misses=len(entries) - len(lost) - reused)
 
     def coverage(self) -> Coverage:
@@ -157,6 +161,11 @@ class CacheBuilder:
                         (job, Entry(job.key, states._asdict(), size), said)
                         for job, (states, size, said) in zip(group.jobs, texts([job.text for job in group.jobs]), strict=True)
                     ]
+                elif group.kind == "masks":
+                    pairs = list(zip(group.jobs, decoded, strict=True))
+                    lost = [(job, r.problem) for job, r in pairs if r.weights_HW is None and job.key in group.wanted]
+                    yield from ((group.kind, job, said, False) for job, said in lost)
+                    entries = [(job, _mask_entry(job.key, r), "") for job, r in pairs if r.weights_HW is not None]
                 else:
                     pairs = [(job, result) for job, result in zip(group.jobs, decoded, strict=True)]
                     yield from ((group.kind, job, r.problem, False) for job, r in pairs if r.picture is None and job.key in group.wanted)
@@ -171,7 +180,11 @@ class CacheBuilder:
                         yield group.kind, job, "; ".join(filter(None, (group.wanted[job.key], said))), False
 
     def _groups(self) -> list[tuple[str, list[Job]]]:
-        return [*self._text_groups(), *self._latent_groups()]
+        return [*self._text_groups(), *self._latent_groups(), *self._mask_groups()]
+
+    def _mask_groups(self) -> list[tuple[str, list[Job]]]:
+        jobs = {key: Job(key, str(cut.item.path), cut, "") for cut in self.plan.cuts if (key := mask_key_of(cut))}
+        return [("masks", chunk) for chunk in _chunks([jobs[key] for key in sorted(jobs)], self.plan.vae_batch_size)]
 
     def _text_groups(self) -> list[tuple[str, list[Job]]]:
         mark = self._encoders.text_fingerprint
@@ -191,6 +204,12 @@ class CacheBuilder:
             for bucket in sorted(by_bucket)
             for chunk in _chunks([by_bucket[bucket][key] for key in sorted(by_bucket[bucket])], self.plan.vae_batch_size)
         ]
+
+
+def _mask_entry(key: str, decoded: Decoded) -> Entry:
+    import torch
+
+    return Entry(key, {"mask_HW": torch.from_numpy(decoded.weights_HW)}, 1, decoded.facts)
 
 
 class Writer:
@@ -234,7 +253,8 @@ def _decoded_ahead(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Decode
     with ThreadPoolExecutor(max_workers=WORKERS) as pool:
         waiting: list[tuple[Group, list[Future[Decoded]]]] = []
         for group in groups:
-            waiting.append((group, [pool.submit(decode, job.placement) for job in group.jobs if job.placement]))
+            read = decode_mask if group.kind == "masks" else decode
+            waiting.append((group, [pool.submit(read, job.placement) for job in group.jobs if job.placement]))
             if len(waiting) > AHEAD:
                 first, futures = waiting.pop(0)
                 yield first, [future.result() for future in futures]

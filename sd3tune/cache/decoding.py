@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import ImageFilter, ImageStat
 from PIL.Image import Resampling, Transpose
@@ -21,11 +21,12 @@ LOOKED_AT = 256
 
 
 class Decoded(NamedTuple):
-    """A cut picture with facts about it, or why there is none."""
+    """A cut picture (or the weights H W of its mask) with facts about it, or why there is none."""
 
     picture: Image | None
     facts: Mapping[str, int | float]
     problem: str = ""
+    weights_HW: Any = None
 
 
 def decode(placement: Placement) -> Decoded:

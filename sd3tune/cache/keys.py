@@ -14,10 +14,17 @@ def latent_key(pixels: str, geometry: Geometry, fingerprint: str, background: st
 
     The empty text when ``pixels`` is empty: a picture that was not hashed yet has no key.
     """
-    if not pixels:
-        return ""
+    return digest("latent", FORMAT, pixels, _cut(geometry), background, fingerprint) if pixels else ""
+
+
+def mask_key(pixels: str, kind: str, geometry: Geometry) -> str:
+    """Key of a mask in latent size: its bytes, how it is read, and its picture's cut; no model looks at it. Empty without bytes."""
+    return digest("mask", FORMAT, pixels, kind, _cut(geometry)) if pixels else ""
+
+
+def _cut(geometry: Geometry) -> str:
     (width, height), left, top, bucket, mirrored = geometry
-    return digest("latent", FORMAT, pixels, f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored, background, fingerprint)
+    return f"{width}x{height}+{left}+{top} {bucket}" + " mirrored" * mirrored
 
 
 def text_key(caption: str, fingerprint: str) -> str:

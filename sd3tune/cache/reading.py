@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sd3tune.cache.keys import latent_key, text_key
+from sd3tune.cache.keys import latent_key, mask_key, text_key
 from sd3tune.cache.states import Encoders, Shower, Text, TextStates, joined
 from sd3tune.cache.store import Store
 from sd3tune.data import sheet
@@ -63,6 +63,11 @@ class Coverage(Shown):
         return f"already encoded: {', '.join(said)}{more}"
 
 
+def mask_key_of(cut: Placement) -> str:
+    """The key of a cut's mask; the empty text when it has none, or when its bytes are not hashed."""
+    return mask_key(cut.item.mask_pixels, cut.item.mask.kind, cut.geometry) if cut.item.mask else ""
+
+
 class Cache:
     """The encoded plan. Values are views of the files: copy from them, never write to them."""
 
@@ -79,6 +84,14 @@ class Cache:
         """Scaled posterior mean and deviation, each C H W. Raises: CacheError."""
         mean, deviation = self._store.read("latents", self.latent_key(placement), ("mean_CHW", "deviation_CHW"))
         return mean, deviation
+
+    def mask(self, placement: Placement) -> Tensor:
+        """Weights H W of its latent pixels, 0 to 1; only for placements whose item has a mask. Raises: CacheError."""
+        return self._store.read("masks", mask_key_of(placement), ("mask_HW",))[0]
+
+    def mask_share(self, placement: Placement) -> float:
+        """The mean weight of its mask, 0 to 1; 1 when it has none."""
+        return float(self._store.facts("masks", mask_key_of(placement)).get("coverage", 1.0))
 
     def text(self, text: str) -> Text:
         """Joint states L D and pooled P of a text. Raises: CacheError."""
@@ -117,4 +130,6 @@ class Cache:
         unknown = sum(not key for key in cuts.values())
         there = sum(self._store.has("latents", key) for key in latents)
         rows = [("latents", there, len(latents) + unknown), ("texts", sum(self._store.has("texts", key) for key in texts), len(texts))]
+        if masks := {mask_key_of(cut) for cut in plan.cuts} - {""}:
+            rows.append(("masks", sum(self._store.has("masks", key) for key in masks), len(masks)))
         return Coverage(rows, unknown)

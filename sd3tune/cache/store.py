@@ -21,7 +21,7 @@ from sd3tune.files import digest, explained, write_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("latents", "texts")
+KINDS = ("latents", "texts", "masks")
 _AGAIN = "build the cache again, which encodes this entry anew"
 
 

@@ -99,7 +99,8 @@ def _what(job: Job) -> str:
 
 def _why(store: Store, kind: str, key: str, job: Job) -> Iterator[str]:
     of = "text" if job.placement is None else "picture's bytes, of its cut and background"
-    yield f"  key {key}: a digest of the {of}, and of the encoders that read it with their settings"
+    encoded = f"{of}, and of the encoders that read it with their settings"
+    yield f"  key {key}: a digest of the {'bytes of its file and of the cut' if kind == 'masks' else encoded}"
     if not store.has(kind, key):
         yield "  not there: it will be encoded, because no entry has this key"
     elif damage := store.damage(kind, key):

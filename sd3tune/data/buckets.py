@@ -13,6 +13,9 @@ from sd3tune.data.datasets import Dataset
 from sd3tune.data.images import measure
 from sd3tune.errors import DataError
 
+LATENT_FACTOR = 8
+"""Pixels of a latent pixel's side, in every SD3."""
+
 
 class Bucket(NamedTuple):
     """A size in pixels that pictures are brought to."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from sd3tune.data import captions, faces, images, overlay, sources
+from sd3tune.data import captions, faces, images, masks, overlay, sources
 from sd3tune.data.datasets import Dataset
 from sd3tune.data.entries import read_datasets
+from sd3tune.data.masks import Mask
 from sd3tune.data.seen import Seen, digests
 from sd3tune.data.sources import Found
 from sd3tune.errors import DataError
@@ -30,11 +31,19 @@ class Item:
     focus: tuple[float, float] | None = None
     """Where a face is, in shares of width and height."""
     found: Found | None = dataclasses.field(default=None, repr=False, compare=False)
+    mask: Mask | None = None
+    """Which of its pixels count in the loss; all of them, if left out."""
 
     @cached_property
     def id(self) -> str:
         """Identity of the pair, 16 hexadecimal digits; of the place and the captions while the picture was not read yet."""
-        return digest(self.pixels or str(self.path), *self.captions)[:16]
+        mask = () if self.mask is None else (f"{self.mask.kind} {self.mask.pixels}",)
+        return digest(self.pixels or str(self.path), *mask, *self.captions)[:16]
+
+    @property
+    def mask_pixels(self) -> str:
+        """The digest of the bytes that hold its mask, empty while they were not read or when it has none."""
+        return "" if self.mask is None else self.mask.pixels or self.pixels
 
     @property
     def caption(self) -> str:
@@ -64,7 +73,8 @@ class Catalog(Shown):
         lines = []
         for dataset in self.datasets:
             count = sum(item.dataset == dataset for item in self.items)
-            lines.append(f"{dataset.id}: {count} pictures from {dataset.instance_data_dir or dataset.dataset_name}")
+            what = "masks" if dataset.dataset_type == "conditioning" else f"{count} pictures"
+            lines.append(f"{dataset.id}: {what} from {dataset.instance_data_dir or dataset.dataset_name}")
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"refused: {p.path}: {p.reason}" for p in self.problems]
         if self.missing_captions:
@@ -95,6 +105,8 @@ def from_datasets(
     items: list[Item] = []
     problems: list[Problem] = []
     for dataset in entries:
+        if dataset.dataset_type == "conditioning":
+            continue
         found = _of_dataset(dataset, (edited or {}).get(dataset.id, {}))
         items += [one for one in found if isinstance(one, Item)]
         problems += [one for one in found if isinstance(one, Problem)]
@@ -102,6 +114,9 @@ def from_datasets(
     items, shared, doubles = _apart(items, same)
     if not any(item.dataset.dataset_type == "image" for item in items):
         raise DataError("there is nothing to train on: no enabled data set has dataset_type: image" + _listed(shared))
+    if all(item.dataset.is_regularisation_data for item in items if item.dataset.dataset_type == "image"):
+        raise DataError("there is nothing to learn: every data set to train on has is_regularisation_data: true")
+    items = masks.attached(items, entries)
     missing = tuple(item.path for item in items if not item.captions)
     said = overlay.notes(edited or {}, items)
     return Catalog(tuple(entries), tuple(items), (*problems, *shared), missing, (*notes, *said, *doubles))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
@@ -54,7 +54,22 @@ class Dataset:
     type: Annotated[
         Literal["local", "csv", "huggingface"], about("What holds the pictures: a folder or address, a table of addresses, or the hub.")
     ] = "local"
-    dataset_type: Annotated[Literal["image", "eval"], about("To train on, or held out.")] = "image"
+    dataset_type: Annotated[
+        Literal["image", "eval", "conditioning"], about("To train on, held out, or (conditioning) masks for the pictures of other entries.")
+    ] = "image"
+    conditioning_type: Annotated[
+        Literal["mask", "segmentation"] | None,
+        about(
+            "Of masks. mask: black is ignored, grey counts by its brightness, white in full; segmentation: all that is not black counts."
+        ),
+    ] = None
+    conditioning_data: Annotated[
+        str | None, about("Id of the entry with this one's masks: files of the same names, each with any ending of a picture.")
+    ] = None
+    mask_from_alpha: Annotated[bool, about("Masks are the pictures' own alpha channels: what is transparent is ignored.")] = False
+    is_regularisation_data: Annotated[
+        bool, about("Pictures on which the model should stay as it is: their target is what the base model predicts.")
+    ] = False
     disabled: Annotated[bool, about("Leave this entry out.")] = False
 
     resolution: Annotated[float, about("Size to train at, in the unit of resolution_type.", above=0, high=8192)] = 1024
@@ -135,9 +150,41 @@ def dataset_of(values: Mapping[str, Any]) -> Dataset:
     return TypeAdapter(Dataset).validate_json(json.dumps(values, default=str))  # strict, but a list is a tuple there
 
 
+def links(datasets: Sequence[Dataset]) -> list[str]:
+    """What is wrong between pictures and masks of different entries, one sentence each."""
+    masks = {d.id for d in datasets if d.dataset_type == "conditioning"}
+    named = {d.conditioning_data for d in datasets}
+    problems = [
+        f"data set {d.id!r}: conditioning_data: there is no enabled data set {d.conditioning_data!r} with dataset_type: conditioning"
+        for d in datasets
+        if d.conditioning_data is not None and d.conditioning_data not in masks
+    ]
+    return problems + [
+        f"data set {one!r}: its masks belong to no data set; write conditioning_data: {one} on that of their pictures, or disabled: true"
+        for one in sorted(masks - named)
+    ]
+
+
+def _of_masks(d: Dataset) -> list[str]:
+    """What is wrong with keys of masks and of regularisation."""
+    problems = []
+    masks = d.dataset_type == "conditioning"
+    if masks and d.conditioning_type is None:
+        problems.append("conditioning_type is missing: mask or segmentation")
+    if masks and d.type != "local":
+        problems.append("masks are files in a folder or at an address: type local")
+    if not masks and d.conditioning_type is not None:
+        problems.append("conditioning_type belongs to the entry with the masks; name that entry here with conditioning_data")
+    if d.conditioning_data is not None and d.mask_from_alpha:
+        problems.append("conditioning_data and mask_from_alpha both say where masks come from; set one")
+    if d.is_regularisation_data and d.dataset_type == "eval":
+        problems.append("is_regularisation_data is for pictures to train on, not for dataset_type eval")
+    return problems
+
+
 def contradictions(d: Dataset) -> list[str]:
     """What is wrong with keys that are each legal alone, one sentence each."""
-    problems = []
+    problems = _of_masks(d)
     if d.type != "huggingface" and not d.instance_data_dir and not (d.type == "csv" and d.csv_file):
         problems.append("instance_data_dir is missing: the folder of its pictures")
     if d.type == "huggingface" and not (d.dataset_name or d.instance_data_dir):

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sd3tune.config.reading import nearest, read_yaml
-from sd3tune.data.datasets import Dataset, contradictions, dataset_of
+from sd3tune.data.datasets import Dataset, contradictions, dataset_of, links
 from sd3tune.errors import ConfigError
 
 UNNECESSARY = {
@@ -46,6 +46,8 @@ REFUSED = {
     "delete_unwanted_images": _NOTHING_IS_DELETED,
     "delete_problematic_images": _NOTHING_IS_DELETED,
     "delete_nsfw_images": _NOTHING_IS_DELETED,
+    "conditioning": "nothing is made of pictures while they are read; `sd3tune data masks` writes masks, conditioning_data names them",
+    "source_dataset_id": "write conditioning_data with this entry's id on the data set of the pictures",
     "slider_strength": "slider training is out of scope",
     "video": "video is out of scope",
     "audio": "audio is out of scope",
@@ -58,25 +60,19 @@ REFUSED = {
 }
 """Keys that are never obeyed, with the reason."""
 
-_LATER = "is not there yet in this version; remove it"
-LATER = (
-    "conditioning", "conditioning_data", "conditioning_type", "source_dataset_id", "is_regularisation_data", "is_regularization_data",
-)  # fmt: skip
-"""Keys of data sets that this version cannot serve: refused, so that nobody trains on something else."""
+MASKS = frozenset({"id", "type", "instance_data_dir", "dataset_type", "conditioning_type", "disabled"})
+"""Keys that count on an entry of masks; how they are cut is up to their pictures."""
 
 VALUES = {
-    ("dataset_type", "conditioning"): _LATER,
     ("dataset_type", "video"): "is out of scope",
     ("dataset_type", "audio"): "is out of scope",
     ("dataset_type", "caption"): "is out of scope; use caption_strategy",
     ("dataset_type", "conditioning_image_embeds"): "is out of scope",
     ("type", "webshart"): "is out of scope; unpack it into a folder",
-    ("conditioning_type", "mask"): _LATER,
-    ("conditioning_type", "segmentation"): _LATER,
 }
 """Values that other tools know, and why they are refused."""
 
-ALIASES = {"disable": "disabled", "is_regularization_data": "is_regularisation_data", "conditioning_data": "conditioning_data"}
+ALIASES = {"disable": "disabled", "is_regularization_data": "is_regularisation_data"}
 
 
 def read_datasets(path: Path) -> tuple[list[Dataset], tuple[str, ...]]:
@@ -104,9 +100,15 @@ def read_datasets(path: Path) -> tuple[list[Dataset], tuple[str, ...]]:
         if made:
             found.append(made)
     problems += [f"id {twice!r} is used twice" for twice in sorted({i for i in ids if ids.count(i) > 1})]
-    if problems:
+    kept = [d for d in found if not d.disabled]
+    if problems := problems or links(kept):
         raise ConfigError(problems, str(path))
-    return [d for d in found if not d.disabled], tuple(sorted(unnecessary))
+    return kept, tuple(sorted(unnecessary))
+
+
+def unneeded_on_masks(row: Mapping[str, Any], key: str) -> bool:
+    """Whether it is a key of pictures on an entry of masks."""
+    return row.get("dataset_type") == "conditioning" and key in Dataset.__dataclass_fields__ and key not in MASKS
 
 
 def _entry(rows: Mapping[str, Any], unnecessary: set[str]) -> tuple[Dataset | None, list[str]]:
@@ -120,18 +122,18 @@ def _entry(rows: Mapping[str, Any], unnecessary: set[str]) -> tuple[Dataset | No
         key = ALIASES.get(given, given)
         if key in REFUSED:
             problems += [f"{given}: {REFUSED[key]}"] if value not in (None, False) else []
-        elif key in LATER:
-            problems.append(f"{given} {_LATER}")
+        elif unneeded_on_masks(rows, key):
+            unnecessary.add(f"{given} is not needed on masks: they are cut as their pictures")
         elif key in UNNECESSARY:
             unnecessary.add(f"{given} is not needed: {UNNECESSARY[key]}")
         elif key not in known:
-            problems.append(f"unknown key {given!r}{nearest(given, [*known, *UNNECESSARY, *LATER])}")
+            problems.append(f"unknown key {given!r}{nearest(given, [*known, *UNNECESSARY])}")
         elif isinstance(value, str) and (key, value) in VALUES:
             problems.append(f"{given} {value} {VALUES[key, value]}")
         elif key in values:
             problems.append(f"{key} is set twice")
         else:
-            values[key] = value
+            values[key] = value[0] if key == "conditioning_data" and isinstance(value, list) and len(value) == 1 else value
     try:
         made = dataset_of(values)
     except (ValueError, TypeError, RecursionError) as error:
@@ -154,7 +156,8 @@ def _of_bucket(rows: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def entry_of(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The keys of another tool's entry that are obeyed here, and the others with the reason; unnecessary ones are left out."""
-    kept = {ALIASES.get(key, key): value for key, value in row.items() if key not in UNNECESSARY}
+    known = {key: value for key, value in row.items() if key not in UNNECESSARY}
+    kept = {ALIASES.get(key, key): value for key, value in known.items() if not unneeded_on_masks(row, ALIASES.get(key, key))}
     refused: dict[str, str] = {}
     while True:
         _, problems = _entry(kept, set())

@@ -21,6 +21,9 @@ ORIENTATION = 274
 ROTATED = frozenset({5, 6, 7, 8})
 """Values of the EXIF tag 274 that swap width and height."""
 
+TRANSPARENT = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
+"""Pillow's modes with an alpha channel."""
+
 DRAFT = 3.0
 """JPEG may be decoded at a half, a quarter or an eighth if that is still this much larger than what is wanted.
 
@@ -82,6 +85,20 @@ def read_rgb(file: Path | BinaryIO, *, background: str = "white", wanted: tuple[
     return below.convert("RGB")
 
 
+def has_alpha(file: BinaryIO) -> bool:
+    """Whether a picture says how transparent it is, from its header. Raises: one of ``BROKEN``."""
+    with Image.open(file) as opened:
+        return opened.mode in TRANSPARENT or "transparency" in opened.info
+
+
+def read_alpha(file: BinaryIO) -> Image.Image:
+    """How opaque the first frame is, upright, in 256 greys. Raises: one of ``BROKEN``."""
+    with Image.open(file) as opened:
+        opened.load()
+        ImageOps.exif_transpose(opened, in_place=True)
+        return opened.convert("RGBA").getchannel("A")
+
+
 def in_srgb(picture: Image.Image) -> Image.Image:
     """The picture as RGB, or RGBA where it is transparent, 8 bits, in sRGB. Raises: ValueError for floating-point pictures."""
     profile = picture.info.get("icc_profile")
@@ -95,7 +112,7 @@ def in_srgb(picture: Image.Image) -> Image.Image:
         return wide.point(lambda value: value * scale + 0).convert("L").convert("RGB")
     if picture.mode == "LAB":
         return _transformed(picture, ImageCms.createProfile("LAB"), "RGB")
-    transparent = picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
+    transparent = picture.mode in TRANSPARENT or "transparency" in picture.info
     if profile and picture.mode in ("RGB", "CMYK", "L"):
         plain = _with_profile(picture, profile)
     else:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from sd3tune.data.buckets import Placement
 from sd3tune.data.catalog import Problem
 from sd3tune.data.images import BROKEN, read_rgb
+from sd3tune.data.masks import read
 
 if TYPE_CHECKING:
     from sd3tune.data.planning import Plan
@@ -88,13 +89,15 @@ def _picture(picture: Image.Image | None, text: str) -> str:
 
 
 def framed(placement: Placement) -> Image.Image | None:
-    """The whole picture, small, with a frame around what is cut out; nothing when it cannot be decoded."""
+    """The whole picture, small, with a frame around what is cut out, and blue where its mask is dark; nothing if it cannot be decoded."""
     (width, height), left, top, bucket, _ = placement.geometry
     scale = SIDE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     try:
         with placement.item.path.open("rb") as opened:
             small = read_rgb(opened, background=placement.item.dataset.background, wanted=size).resize(size)
+        if placement.item.mask is not None:
+            small = masked(small, read(placement.item.mask))
     except BROKEN:
         return None
     box = [round(scale * side) for side in (left, top, left + bucket.width, top + bucket.height)]
@@ -102,6 +105,12 @@ def framed(placement: Placement) -> Image.Image | None:
     shaded.paste(small.crop(tuple(box)), (box[0], box[1]))  # type: ignore[arg-type]
     ImageDraw.Draw(shaded).rectangle([box[0], box[1], min(box[2], size[0]) - 1, min(box[3], size[1]) - 1], outline="red")
     return shaded
+
+
+def masked(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """The picture, mixed with blue by how little its mask counts."""
+    light = mask.resize(picture.size, Image.Resampling.BOX).point([round(255 - 0.75 * (255 - value)) for value in range(256)])
+    return Image.composite(picture, Image.new("RGB", picture.size, "blue"), light)
 
 
 def _caption(placement: Placement) -> str:

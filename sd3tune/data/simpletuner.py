@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ruamel.yaml import YAML
 from sd3tune.config.reading import LEAVES, NOT_YAML, build, dump, nearest, values_refused
 from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import SECTION_CLASSES
-from sd3tune.data.entries import EMBEDS, UNNECESSARY, entry_of
+from sd3tune.data.entries import EMBEDS, UNNECESSARY, entry_of, unneeded_on_masks
 from sd3tune.data.simpletuner_training import Fate, settled
 from sd3tune.errors import ConfigError, FileError
 from sd3tune.files import write_text
@@ -105,10 +106,10 @@ def from_simpletuner(config: str | Path, datasets: str | Path | None = None) -> 
     given = read_settings(path)
     named = str(given.get("data_backend_config") or "multidatabackend.json")
     backend = Path(datasets) if datasets else next((p for p in (Path(named), path.parent / Path(named).name) if p.is_file()), None)
-    made, report = settings_of(given, str(path))
-    if backend is None:
-        return Imported(made, (), (*report, Line("", named, "no counterpart", "no such file of data sets; pass its path")))
-    entries, more = entries_of(backend)
+    missing = [Line("", named, "no counterpart", "no such file of data sets; pass its path")]
+    entries, more = entries_of(backend) if backend else ([], missing)
+    kinds = {str(row.get("conditioning_type")) for row in entries if row.get("dataset_type") == "conditioning"}
+    made, report = settings_of(given, str(path), kinds)
     return Imported(made, tuple(entries), (*report, *more))
 
 
@@ -177,8 +178,11 @@ def read_env(text: str) -> dict[str, Any]:
     return settings
 
 
-def settings_of(given: dict[str, Any], where: str) -> tuple[RunConfig, list[Line]]:
-    """Our configuration, and a line for each of their settings. Raises: ConfigError for what contradicts itself."""
+def settings_of(given: dict[str, Any], where: str, masks: Collection[str] = ()) -> tuple[RunConfig, list[Line]]:
+    """Our configuration, and a line for each of their settings. ``masks`` are the kinds of masks that the data sets have.
+
+    Raises: ConfigError for what contradicts itself.
+    """
     flat: dict[str, Any] = {}
     said: dict[str, Line] = {}
     report: list[Line] = []
@@ -206,7 +210,7 @@ def settings_of(given: dict[str, Any], where: str) -> tuple[RunConfig, list[Line
     if "max_train_steps" in flat and "num_train_epochs" in flat:
         flat.pop("num_train_epochs")
         said["num_train_epochs"] = Line("", "num_train_epochs", "not needed", "max_train_steps decides")
-    flat, notes = settled(flat)
+    flat, notes = settled(flat, masks)
     refused = values_refused(flat)
     for name, problem in refused.items():
         value = flat.pop(name)
@@ -257,6 +261,8 @@ def entries_of(path: Path) -> tuple[list[dict[str, Any]], list[Line]]:
         if isinstance(kind, str) and kind in EMBEDS:
             report += [Line(where, key, "not needed", f"{EMBEDS[kind]} are kept in one cache, keyed by content") for key in row]
             continue
+        row, linked = _linked(row, content)
+        report += linked
         kept, refused = entry_of({plain_name(str(key)): value for key, value in row.items()})
         for key in row:
             name = plain_name(str(key))
@@ -264,6 +270,8 @@ def entries_of(path: Path) -> tuple[list[dict[str, Any]], list[Line]]:
                 report.append(Line(where, key, "not needed", UNNECESSARY[name]))
             elif name in refused:
                 report.append(Line(where, key, "no counterpart", refused[name]))
+            elif unneeded_on_masks(row, name):
+                report.append(Line(where, key, "not needed", "masks are cut as their pictures"))
             else:
                 report.append(Line(where, key, "taken over"))
         report += [Line(where, key, "no counterpart", why) for key, why in refused.items() if key not in map(plain_name, map(str, row))]
@@ -272,3 +280,15 @@ def entries_of(path: Path) -> tuple[list[dict[str, Any]], list[Line]]:
             report.append(Line(where, "disabled", "no counterpart", "the entry is written with disabled: true, for you to complete"))
         made.append(kept)
     return made, report
+
+
+def _linked(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Line]]:
+    """An entry, with masks linked as here: its pictures name them, where there they may name their pictures (source_dataset_id)."""
+    if row.get("dataset_type") == "conditioning" and "source_dataset_id" in row:
+        source = row["source_dataset_id"]
+        said = Line(f"{row.get('id')}.", "source_dataset_id", "renamed", f"conditioning_data on {source!r}")
+        return {key: value for key, value in row.items() if key != "source_dataset_id"}, [said]
+    masks = [r.get("id") for r in rows if r.get("dataset_type") == "conditioning" and r.get("source_dataset_id") == row.get("id")]
+    if len(masks) == 1 and row.get("id") is not None and "conditioning_data" not in row:
+        return {**row, "conditioning_data": masks[0]}, []
+    return row, []

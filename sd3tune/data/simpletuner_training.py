@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
@@ -23,9 +24,11 @@ Notes = dict[str, tuple[Fate, str]]
 """Setting -> what became of it and why."""
 
 
-def settled(flat: dict[str, Any]) -> tuple[dict[str, Any], Notes]:
-    """Their settings as ours mean the same, and a note for each one that is not simply taken over."""
+def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str, Any], Notes]:
+    """Their settings as ours mean the same, and a note for each one that is not simply taken over. ``masks``: kinds in the data sets."""
     made, notes = dict(flat), Notes()
+    if masks:
+        _masks(made, notes, masks)
     _noise(made, notes)
     _optimizer(made, notes)
     unset = [name for name in CLIPPING if name not in made]
@@ -35,6 +38,17 @@ def settled(flat: dict[str, Any]) -> tuple[dict[str, Any], Notes]:
     if "grad_clip_method" in unset:
         notes["grad_clip_method"] = ("taken over", "it is not set, which means value there: each element is clamped to max_grad_norm")
     return made, notes
+
+
+def _masks(made: dict[str, Any], notes: Notes, masks: Collection[str]) -> None:
+    made["mask_normalise"] = False
+    notes["mask_normalise"] = ("taken over", "False: there a masked loss is not divided by its mask's area; true lets small masks count")
+    if "masked_loss_probability" in made and "segmentation" not in masks:
+        made.pop("masked_loss_probability")
+        notes["masked_loss_probability"] = (
+            "was silently ignored there",
+            "only conditioning_type segmentation reads it",
+        )
 
 
 def _noise(made: dict[str, Any], notes: Notes) -> None:

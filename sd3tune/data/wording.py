@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sd3tune.shown import duration
 
 if TYPE_CHECKING:
+    from sd3tune.data.datasets import Dataset
     from sd3tune.data.planning import Plan
 
 
@@ -64,12 +65,22 @@ def describe(plan: Plan) -> str:
             f"{'to ' + format(enlarged, '.0%') if enlarged > 1 else 'no':>8}"
         )
     lines += _windows(plan)
+    lines += [said for dataset in plan.catalog.datasets for said in _purpose(dataset)]
     lines += [f"note: {text}" for text in (*plan.catalog.notes, *advice(plan))]
     lines += [f"left out: {p.path}: {p.reason}" for p in plan.problems]
     if plan.warnings is None:
         lines.append("near-duplicates and blur: not looked at yet; the cache builder looks while it decodes")
     lines += [f"look at: {p.path}: {p.reason}" for p in plan.warnings or ()]
     return "\n".join(lines)
+
+
+def _purpose(dataset: Dataset) -> list[str]:
+    """What is special about how a data set counts."""
+    where = "their alpha channels" if dataset.mask_from_alpha else dataset.conditioning_data
+    said = [f"{dataset.id}: counted by masks from {where}; their mean share is in the manifest"] if where else []
+    if dataset.is_regularisation_data:
+        said.append(f"{dataset.id}: regularisation; the target is what the base model predicts, so one more forward pass for each batch")
+    return said
 
 
 def _windows(plan: Plan) -> list[str]:

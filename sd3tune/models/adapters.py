@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,21 @@ def add_lora(transformer: Any, spec: Spec, *, seed: int) -> dict[str, nn.Paramet
         weight.data = weight.data.float()
         weight.requires_grad_(True)
     return weights
+
+
+@contextmanager
+def switched_off(transformer: nn.Module) -> Iterator[None]:
+    """The transformer without its LoRA, for the duration of the block; bit for bit what it was before `add_lora`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def file_name(name: str) -> str:

@@ -87,6 +87,28 @@ def add_lycoris(transformer: Any, config: Mapping[str, Any], *, seed: int) -> tu
     return network, weights
 
 
+@contextmanager
+def switched_off(network: Any) -> Iterator[None]:
+    """The transformer without its LyCORIS adapter, for the duration of the block.
+
+    Layers answer by themselves again: a multiplier of 0 would leave part of the change where weights are decomposed (DoRA). Only
+    ``full``, which takes the layer's weight over, is multiplied by 0 and then uses the weight that it kept.
+    """
+    own = [layer for layer in network.loras if getattr(layer.org_module[0], "weight", None) is not None]
+    taken = [(layer, layer.multiplier) for layer in network.loras if layer not in own]
+    for layer in own:
+        layer.org_module[0].forward = layer.org_forward
+    for layer, _ in taken:
+        layer.multiplier = 0.0
+    try:
+        yield
+    finally:
+        for layer in own:
+            layer.org_module[0].forward = layer.forward
+        for layer, multiplier in taken:
+            layer.multiplier = multiplier
+
+
 PRESET = ("ENABLE_CONV", "TARGET_REPLACE_MODULE", "TARGET_REPLACE_NAME", "LORA_PREFIX", "MODULE_ALGO_MAP", "NAME_ALGO_MAP", "USE_FNMATCH",
           "TARGET_EXCLUDE_NAME")  # fmt: skip
 

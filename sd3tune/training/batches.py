@@ -29,6 +29,10 @@ class Batch:
     pooled_BP: Tensor
     sigma_offset: float = 0.0
     """What its data set adds to the logit of its noise levels."""
+    mask_BHW: Tensor | None = None
+    """Weights of the latent pixels, 0 to 1; all count when left out."""
+    regularisation: bool = False
+    """Whether the model should stay as it is on these."""
 
 
 def fold(seed: int, *numbers: int) -> int:
@@ -72,8 +76,11 @@ def _variant(placement: Placement, seed: int, epoch: int) -> Placement:
 class Batches:
     """An endless sequence with random access: ``batches[k]`` depends on the plan, the seed and k, and on nothing before it."""
 
-    def __init__(self, cache: Cache, *, seed: int, caption_dropout: float, latent_draw: str = "mean") -> None:
+    def __init__(
+        self, cache: Cache, *, seed: int, caption_dropout: float, latent_draw: str = "mean", masked_probability: float = 1.0
+    ) -> None:
         self._cache, self._seed, self._dropout, self._sampled = cache, seed, caption_dropout, latent_draw == "sample"
+        self._masked = masked_probability
         self._epoch = lru_cache(maxsize=2)(lambda epoch, datasets: epoch_order(cache.plan, seed, epoch, datasets))
 
     def placements(self, k: int) -> tuple[Placement, ...]:
@@ -100,6 +107,9 @@ class Batches:
     def __getitem__(self, k: int) -> Batch:
         """Batch ``k`` from the cache. Raises: CacheError."""
         batch = load(self._cache, list(zip(self.placements(k), self.captions(k), strict=True)))
+        if batch.mask_BHW is not None and self._masked < 1:
+            draws_B = torch.stack([torch.rand((), generator=generator(self._seed, k, 10, place)) for place in range(len(batch.ids))])
+            batch = replace(batch, mask_BHW=torch.where((draws_B < self._masked)[:, None, None], batch.mask_BHW, 1))
         if not self._sampled:
             return batch
         deviation_BCHW = torch.stack([self._cache.moments(placement)[1] for placement in self.placements(k)])
@@ -112,7 +122,14 @@ def load(cache: Cache, rows: list[tuple[Placement, str]]) -> Batch:
     joint_BLD, pooled_BP = cache.texts([caption for _, caption in rows])
     latent_BCHW = torch.stack([cache.latent(placement) for placement, _ in rows])
     ids = tuple(placement.item.id for placement, _ in rows)
-    return Batch(ids, latent_BCHW, joint_BLD, pooled_BP, rows[0][0].item.dataset.timestep_sampling_offset)
+    dataset = rows[0][0].item.dataset
+    mask_BHW = None
+    if any(placement.item.mask for placement, _ in rows):
+        whole_HW = torch.ones(latent_BCHW.shape[2:])
+        mask_BHW = torch.stack([cache.mask(placement) if placement.item.mask else whole_HW for placement, _ in rows])
+    return Batch(
+        ids, latent_BCHW, joint_BLD, pooled_BP, dataset.timestep_sampling_offset, mask_BHW, dataset.is_regularisation_data
+    )  # fmt: skip
 
 
 def noise(shape: torch.Size, *, seed: int, k: int, purpose: int = 2) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
 from sd3tune.training import flow, sigmas
-from sd3tune.training.batches import Batches, fold, generator, noise
-from sd3tune.training.guard import Guard, GuardError, Refusal, due, sizes, suspects, worst_block
+from sd3tune.training.batches import Batch, Batches, fold, generator, noise
+from sd3tune.training.guard import RECENT, Guard, GuardError, Refusal, due, sizes, suspects, worst_block
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
 from sd3tune.training.rules import Rules
 from sd3tune.training.schedules import learning_rate
@@ -63,13 +63,29 @@ class _Part:
     loss_B: Tensor
     nothing_B: Tensor
     """The loss of predicting zero."""
+    regularisation: bool = False
+
+
+def _mean(parts: Sequence[_Part], *, regularisation: bool) -> float | None:
+    """Mean loss of the pictures of one kind; nothing when there is none."""
+    losses = [value for part in parts if part.regularisation == regularisation for value in part.loss_B.tolist()]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _share(parts: Sequence[_Part]) -> tuple[float, float]:
+    """Mean loss over some batches' images, and that of predicting nothing."""
+    loss_B, nothing_B = torch.cat([part.loss_B for part in parts]), torch.cat([part.nothing_B for part in parts])
+    return float(loss_B.mean()), float(nothing_B.mean())
 
 
 class Engine:
     """Advance an adapter one update at a time."""
 
-    def __init__(self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules) -> None:
-        self.velocity, self.weights, self.batches, self.rules = velocity, dict(weights), batches, rules
+    def __init__(
+        self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules,
+        prior: flow.Velocity | None = None,
+    ) -> None:  # fmt: skip
+        self.velocity, self.weights, self.batches, self.rules, self.prior = velocity, dict(weights), batches, rules, prior
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
         self._optimizer = new_optimizer(rules.rule, self.weights, seed=rules.seed)
@@ -92,6 +108,8 @@ class Engine:
         most = rules.max_grad_norm if max_grad_norm is None else max_grad_norm
         self._put_back()
         number = self.next_batch
+        if self.guard.began is None and not self.updates:
+            self.guard.began = self._beginning()
         self._look(number)
         indices = range(number * rules.accumulation, (number + 1) * rules.accumulation)
         images = sum(len(self.batches.placements(k)) for k in indices)
@@ -102,8 +120,7 @@ class Engine:
         losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
         items = tuple(i for part in parts for i in part.ids)
         levels = tuple(torch.cat([p.sigma_B for p in parts]).tolist())
-        step, loss = self.updates + 1, sum(losses) / len(losses)
-        nothing = float(torch.cat([part.nothing_B for part in parts]).mean())
+        step, (loss, nothing) = self.updates + 1, _share(parts)
         why, runaway = self.guard.objection(loss, grad_norm, nothing=nothing)
         if why:
             names, at = suspects(items, levels, losses)
@@ -120,9 +137,9 @@ class Engine:
             self._assert_moved()
         seconds = time.perf_counter() - started
         return StepRecord(
-            step=step, loss=loss, losses=losses, sigmas=levels,
-            items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds, images_per_second=len(items) / seconds,
-            peak_memory_bytes=peak_memory(self._device),
+            step=step, loss=_mean(parts, regularisation=False), regularisation_loss=_mean(parts, regularisation=True), losses=losses,
+            sigmas=levels, items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds,
+            images_per_second=len(items) / seconds, peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
 
     def rate(self, peak: float) -> float:
@@ -216,6 +233,20 @@ class Engine:
 
     def _backward(self, k: int, images: int) -> _Part:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
+        loss, part = self._forward(k)
+        (loss / images * self._scale).backward()  # type: ignore[no-untyped-call]
+        return part
+
+    @torch.no_grad()
+    def _beginning(self) -> float:
+        """The loss of some batches before anything is learned, as a share of what predicting nothing costs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(fold(self.rules.seed, 0, 9))
+            loss, nothing = _share([self._forward(k)[1] for k in range(RECENT)])
+        return loss / nothing
+
+    def _forward(self, k: int) -> tuple[Tensor, _Part]:
+        """The sum of the weighted losses of batch ``k``, and what was measured of it."""
         rules, batch = self.rules, self.batches[k]
         shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
         sigma_B = sigmas.draw(
@@ -229,11 +260,20 @@ class Engine:
         loss_B = flow.loss(
             self.velocity, latent_BCHW, batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
             sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
+            mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(self._device), mask_normalise=rules.mask_normalise,
+            prior=self._prior_of(batch),
         )  # fmt: skip
         weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(self._device)
-        (weighted_B.sum() / images * self._scale).backward()  # type: ignore[no-untyped-call]
+        if batch.regularisation:
+            weighted_B = rules.regularisation_weight * weighted_B
         nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
-        return _Part(batch.ids, sigma_B, loss_B.detach(), nothing_B)
+        return weighted_B.sum(), _Part(batch.ids, sigma_B, loss_B.detach(), nothing_B, batch.regularisation)
+
+    def _prior_of(self, batch: Batch) -> flow.Velocity | None:
+        """What says where the model should stay; nothing for pictures to learn from."""
+        if batch.regularisation and self.prior is None:
+            raise TrainingError("a batch is regularisation data, but the engine was not given the base model's velocity (prior)")
+        return self.prior if batch.regularisation else None
 
     @contextmanager
     def judged(self) -> Iterator[None]:

@@ -60,18 +60,41 @@ def target(latent_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 
 def loss(
     velocity: Velocity, latent_BCHW: Tensor, joint_BLD: Tensor, pooled_BP: Tensor, *, sigma_B: Tensor, noise_BCHW: Tensor,
-    measure: Measure = L2, extra_BCHW: Tensor | None = None,
+    measure: Measure = L2, extra_BCHW: Tensor | None = None, mask_BHW: Tensor | None = None, mask_normalise: bool = True,
+    prior: Velocity | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean cost of the predicted velocity's error, one number per image; the true velocity has loss 0.
 
     Noise and sigma come in as arguments, so that training, evaluation and tests share this function. ``extra_BCHW`` is added
-    to the noise that the model sees and not to the noise that it should find.
+    to the noise that the model sees and not to the noise that it should find. With a ``prior`` the true velocity is what that
+    predicts of the same points, without a gradient.
 
     Returns: loss_B, float32.
     """
     seen_BCHW = noise_BCHW if extra_BCHW is None else noise_BCHW + extra_BCHW
-    predicted_BCHW = velocity(mix(latent_BCHW, seen_BCHW, sigma_B), sigma_B, joint_BLD, pooled_BP)
-    return measure.of(predicted_BCHW.float() - target(latent_BCHW, noise_BCHW).float()).flatten(1).mean(1)
+    noisy_BCHW = mix(latent_BCHW, seen_BCHW, sigma_B)
+    if prior is None:
+        wanted_BCHW = target(latent_BCHW, noise_BCHW)
+    else:
+        with torch.no_grad():
+            wanted_BCHW = prior(noisy_BCHW, sigma_B, joint_BLD, pooled_BP)
+    predicted_BCHW = velocity(noisy_BCHW, sigma_B, joint_BLD, pooled_BP)
+    return mean(measure.of(predicted_BCHW.float() - wanted_BCHW.float()), mask_BHW, normalise=mask_normalise)
+
+
+def mean(cost_BCHW: Tensor, mask_BHW: Tensor | None = None, *, normalise: bool = True) -> Tensor:
+    """Mean cost of each image, its pixels weighed by a mask of 0 to 1.
+
+    Normalised, it is the mean over what the mask counts, whatever its area; else that times the mask's mean weight. Under a black
+    mask it is 0, and so is its gradient.
+    """
+    if mask_BHW is None:
+        return cost_BCHW.flatten(1).mean(1)
+    loss_B = (cost_BCHW * mask_BHW[:, None]).flatten(1).mean(1)
+    if not normalise:
+        return loss_B
+    share_B = mask_BHW.flatten(1).mean(1)
+    return loss_B / torch.where(share_B > 0, share_B, 1)
 
 
 def weight(sigma_B: Tensor, scheme: str) -> Tensor:

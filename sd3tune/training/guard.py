@@ -85,7 +85,7 @@ class Guard:
     shares: list[float] = field(default_factory=list)
     """Losses as shares of what predicting nothing costs."""
     began: float | None = None
-    """That of the first two updates, when the adapter had not done anything yet."""
+    """The share before the adapter had learned anything."""
 
     def objection(self, loss: float, grad_norm: float, *, nothing: float) -> tuple[str, bool]:
         """What is wrong with a loss and a gradient norm, and whether that looks like a runaway; empty when nothing is.
@@ -118,8 +118,6 @@ class Guard:
     def accept(self, loss: float, grad_norm: float, *, nothing: float) -> None:
         """Take in an update that will be applied."""
         self.shares = [*self.shares[2 - RECENT :], loss / nothing]
-        if self.began is None and len(self.losses) == 1:
-            self.began = sum(self.shares) / 2
         self.losses = [*self.losses[1 - WINDOW :], loss]
         self.norms = [*self.norms[1 - WINDOW :], grad_norm]
 

@@ -41,5 +41,9 @@ class Rules:
     """Multiply the loss, so that gradients do not vanish in fp16."""
     ema_decay: float | None = None
     ema_interval: int = 1
+    mask_normalise: bool = True
+    """Whether a masked loss is the mean over what its mask counts."""
+    regularisation_weight: float = 1.0
+    """What the loss of a regularisation picture counts in the gradient."""
     ema_device: str | None = None
     """Where the average is kept; with the adapter when left out."""

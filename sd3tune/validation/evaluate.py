@@ -27,18 +27,24 @@ def evaluation_levels(rules: Rules, placements: Sequence[Placement], count: int)
 def evaluation_loss(
     velocity: flow.Velocity, cache: Cache, *, sigmas: Sequence[float], device: torch.device, step: int, batch: int = 8
 ) -> EvalRecord:
-    """Mean loss over the plan's held-out pictures and over ``sigmas``. The caller puts the model into evaluation mode."""
+    """Mean loss over the plan's held-out pictures, where their masks count, and over ``sigmas``.
+
+    The caller puts the model into evaluation mode.
+    """
     sums = [0.0] * len(sigmas)
     count = 0
     for number, rows in enumerate(_groups(cache.plan.evaluation, batch)):
         held = load(cache, [(p, p.item.caption) for p in rows])
         noise_BCHW = noise(held.latent_BCHW.shape, seed=EVAL_SEED, k=number).to(device)
         latent_BCHW, joint_BLD, pooled_BP = held.latent_BCHW.float().to(device), held.joint_BLD.to(device), held.pooled_BP.to(device)
+        mask_BHW = None if held.mask_BHW is None else held.mask_BHW.to(device)
         count += len(rows)
         for i, sigma in enumerate(sigmas):
             sigma_B = torch.full((len(rows),), sigma, device=device)
             with torch.no_grad():
-                loss_B = flow.loss(velocity, latent_BCHW, joint_BLD, pooled_BP, sigma_B=sigma_B, noise_BCHW=noise_BCHW)
+                loss_B = flow.loss(
+                    velocity, latent_BCHW, joint_BLD, pooled_BP, sigma_B=sigma_B, noise_BCHW=noise_BCHW, mask_BHW=mask_BHW
+                )  # fmt: skip
             sums[i] += float(loss_B.sum())
     by_sigma = tuple(s / count for s in sums)
     return EvalRecord(step=step, loss=sum(by_sigma) / len(by_sigma), images=count, sigmas=tuple(sigmas), losses_by_sigma=by_sigma)

@@ -72,7 +72,7 @@ class Noise:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Objective:
-    """What an error costs. The evaluation loss is always the plain square, so that runs compare."""
+    """What an error costs. The evaluation loss is always the plain square, by the area of masks, so that runs compare."""
 
     loss_type: Annotated[
         Literal["l2", "huber", "smooth_l1"],
@@ -83,6 +83,15 @@ class Objective:
         Literal["none", "cosmap", "mode"], about("Weight of a noise level in the gradient, by the formulas of the SD3 paper.")
     ] = "none"
     input_perturbation: Annotated[float, about("Extra noise that the model sees and need not find, as a share.", low=0, high=1)] = 0.0
+    mask_normalise: Annotated[
+        bool, about("Divide a masked loss by the area of its mask; otherwise pictures with small masks count little.")
+    ] = True
+    masked_loss_probability: Annotated[
+        float, about("Share of the times a picture is seen that its mask counts; else all of it does.", low=0, high=1)
+    ] = 1.0
+    regularisation_weight: Annotated[
+        float, about("What pictures of is_regularisation_data count in the gradient, beside 1 for the others.", low=0, high=1000)
+    ] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
         Sd3TuneError,
         TrainingError,
     )
+    from sd3tune.listing import runs
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
     from sd3tune.records import StepRecord
     from sd3tune.replaying import replay
-    from sd3tune.run_folder import runs
     from sd3tune.trainer import Trainer
     from sd3tune.training.batches import Batches
 
@@ -39,7 +39,7 @@ _HOMES = {
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
     "free": "models.freeing", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "replay": "replaying",
-    "runs": "run_folder",
+    "runs": "listing",
 }  # fmt: skip
 
 __all__ = [

@@ -6,17 +6,14 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.errors import CheckpointError, ConfigError, FileError
+from sd3tune.errors import CheckpointError, ConfigError
 from sd3tune.files import digest_of, explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
+from sd3tune.history import follow_segments, read_lines, smooth
 from sd3tune.keeping import best_of
-from sd3tune.records import Record, SegmentRecord
-from sd3tune.shown import Shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,112 +208,6 @@ def read_state(folder: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, str(error)
     return state, f"{wrong[0]} is not what was written" if wrong else ""
-
-
-class History:
-    """The one appended file of a run: flushed line by line, fsynced when asked."""
-
-    def __init__(self, folder: RunFolder, *, segment: int = 0) -> None:
-        self.segment = segment
-        with explained(folder.history):
-            whole = folder.history.read_bytes() if folder.history.exists() else b""
-            self._file = folder.history.open("a", encoding="utf-8")
-            if whole and not whole.endswith(b"\n"):
-                self._file.write("\n")  # the torn last line of a killed run stays a line of its own
-        self._path = folder.history
-
-    def append(self, record: Record) -> None:
-        """Write one record. Raises: FileError."""
-        line = {**record.as_dict(), "time": round(time.time(), 3), "segment": self.segment}
-        with explained(self._path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Make everything so far survive a power cut. Raises: FileError."""
-        with explained(self._path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a history; torn ones are left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("type"), str) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
-
-
-def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what a later segment has replaced."""
-    kept: list[dict[str, Any]] = []
-    for line in lines:
-        if line["type"] == SegmentRecord.type:
-            kept = [r for r in kept if r["step"] <= line["from_step"]]
-        kept.append(line)
-    return kept
-
-
-def smooth(values: list[float], decay: float = 0.95) -> list[float]:
-    """Exponential moving average without the pull towards zero at its start."""
-    out, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        out.append(total / weight)
-    return out
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One line of the list of runs."""
-
-    path: Path
-    step: int
-    loss: float | None
-    eval_loss: float | None
-    finished: bool
-
-    def __str__(self) -> str:
-        loss = "" if self.loss is None else f"  loss {self.loss:.4f}"
-        held = "" if self.eval_loss is None else f"  held-out {self.eval_loss:.4f}"
-        return f"{self.path}  step {self.step}{loss}{held}  {'finished' if self.finished else 'not finished'}"
-
-
-class RunList(Shown, tuple[RunSummary, ...]):
-    """Runs, oldest first; shows itself as a list."""
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "no runs yet"
-
-
-def runs(folder: str | Path = "runs") -> RunList:
-    """The runs in a folder. Raises: FileError when the folder is a file."""
-    root = Path(folder)
-    if root.exists() and not root.is_dir():
-        raise FileError(f"{root.resolve()}: is a file, not a folder of runs")
-    return RunList(_summaries(root))
-
-
-def _summaries(root: Path) -> Iterator[RunSummary]:
-    if not root.is_dir():
-        return
-    for path in sorted((p.parent for p in root.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime):
-        history = RunFolder(path).read_history()
-        losses = [r["loss"] for r in history if r["type"] == "step" and isinstance(r.get("loss"), float)]
-        evals = [r["loss"] for r in history if r["type"] == "eval" and isinstance(r.get("loss"), float)]
-        step = max((r["step"] for r in history if r["type"] == "step"), default=0)
-        mean = sum(losses[-20:]) / len(losses[-20:]) if losses else None
-        yield RunSummary(path, step, mean, evals[-1] if evals else None, RunFolder(path).lora.exists())
 
 
 def log_level() -> str:

@@ -19,6 +19,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, terminated_as_interrupt
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
 from sd3tune.files import write_text
+from sd3tune.history import History
 from sd3tune.manifest import Manifest, describe
 from sd3tune.mirror import Mirror
 from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters, memory
@@ -37,12 +38,13 @@ from sd3tune.records import (
     StepRecord,
     WaitRecord,
 )
-from sd3tune.run_folder import PINNED, History, RunFolder, log_level, open_log, step_of
+from sd3tune.run_folder import PINNED, RunFolder, log_level, open_log, step_of
 from sd3tune.training.batches import Batches
-from sd3tune.training.engine import Engine, TransformerVelocity
+from sd3tune.training.engine import Engine
 from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
+from sd3tune.training.velocity import TransformerVelocity
 from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
@@ -100,7 +102,7 @@ class Trainer:
         )
         self.folder = folder or RunFolder.create(Path(config.run.output_dir).absolute())
         self._log = open_log(self.folder)
-        self._history = History(self.folder)
+        self._history = History(self.folder.history)
         self._keeper = keeping.Keeper()
         self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
         self.certificate: certificate.Certificate | None = None

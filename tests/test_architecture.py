@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ PUBLIC = {
     "doctor", "download_dataset", "free",
     "RunConfig", "presets", "check", "discover", "Catalog", "plan", "Plan", "encoders", "CacheBuilder", "Cache", "Batches", "Trainer",
     "StepRecord", "runs", "Sd3TuneError", "ConfigError", "DataError", "CacheError", "ModelError", "FileError", "CheckpointError",
-    "TrainingError", "from_simpletuner",
+    "TrainingError", "from_simpletuner", "replay",
 }  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.S)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    commands = [line.split("#")[0].split() for kind, block in blocks if kind == "bash" for line in block.splitlines() if line.strip()]
+    commands = [shlex.split(line, comments=True) for kind, block in blocks if kind == "bash" for line in block.splitlines() if line.strip()]
     for words in commands:
         if words[0] == "make":
             assert words[1] in targets, words

@@ -18,8 +18,9 @@ from sd3tune.models.adapters import Spec
 from sd3tune.models.lycoris_adapters import add_lycoris, save_lycoris
 from sd3tune.models.quantize import PRECISIONS, dequantised, put, quantise
 from sd3tune.training.batches import Batch
-from sd3tune.training.engine import Engine, TransformerVelocity
+from sd3tune.training.engine import Engine
 from sd3tune.training.rules import Rules
+from sd3tune.training.velocity import TransformerVelocity
 
 LOKR: dict[str, Any] = {
     "algo": "lokr", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 2, "factor": 8, "apply_preset": {"target_module": ["Attention"]},

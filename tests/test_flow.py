@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import generator
-from sd3tune.training.engine import TransformerVelocity
+from sd3tune.training.velocity import TransformerVelocity
 
 
 @pytest.mark.parametrize(("sigma", "shifted"), [(0.5, 0.75), (0.1, 0.25), (0.9, 0.9643), (0.0, 0.0), (1.0, 1.0)])

@@ -46,6 +46,9 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "loss_weighting": ("cosmap", NONE, NONE), "input_perturbation": (0.1, NONE, NONE), "optimizer_config": ("eps=1e-6", NONE, NONE),
     "optimizer_beta1": (0.8, NONE, NONE), "optimizer_beta2": (0.99, NONE, NONE), "lr_num_cycles": (2, NONE, NONE),
     "lr_power": (1.0, NONE, NONE), "lr_end": (1e-6, NONE, NONE), "grad_clip_method": ("value", NONE, NONE),
+    "mask_normalise": (False, NONE, NONE), "masked_loss_probability": (0.5, NONE, NONE), "regularisation_weight": (0.5, NONE, NONE),
+    "guard_policy": ("skip", NONE, NONE), "guard_rollbacks": (1, NONE, NONE), "checkpoint_minutes": (1.0, NONE, NONE),
+    "checkpoint_keep_best": (False, NONE, NONE), "mirror_to": ("copy", NONE, NONE), "disk_low_threshold": (1.0, NONE, NONE),
     "flow_sigmoid_scale": (2.0, NONE, NONE), "stratified": (False, NONE, NONE),
     "optimizer": ("lion", NONE, NONE), "learning_rate": (1e-5, NONE, NONE), "lr_scheduler": ("constant", NONE, NONE),
     "lr_warmup_steps": (3, NONE, NONE), "max_grad_norm": (0.1, NONE, NONE), "max_train_steps": (50, NONE, NONE),
@@ -91,6 +94,9 @@ KEYS: dict[str, tuple[dict[str, Any], Any, str, str]] = {
     "parquet": ({"caption_strategy": "jsonl", "parquet": {"path": "t.jsonl"}}, {"path": "t.jsonl", "caption_column": "words"}, NONE, SOME),
     "repeats": ({}, 2, NONE, NONE), "probability": ({}, 3.0, NONE, NONE), "max_num_samples": ({}, 3, NONE, NONE),
     "train_batch_size": ({}, 2, NONE, NONE), "start_step": ({}, 3, NONE, NONE), "end_step": ({}, 30, NONE, NONE),
+    "conditioning_type": ({"conditioning_data": "masks", "conditioning_type": "mask"}, "segmentation", NONE, NONE),
+    "conditioning_data": ({}, "masks", NONE, NONE), "mask_from_alpha": ({"instance_data_dir": "alpha"}, True, NONE, NONE),
+    "is_regularisation_data": ({}, True, NONE, NONE),
     "start_epoch": ({}, 2, NONE, NONE), "end_epoch": ({}, 3, NONE, NONE), "timestep_sampling_offset": ({}, 0.5, NONE, NONE),
 }  # fmt: skip
 """Key -> what stands beside it, another value, and which latents and texts that needs."""
@@ -103,12 +109,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("table")
     sizes = [(128, 128), (128, 128), (160, 96), (96, 160), (200, 128), (256, 250)]
-    for where in ("in", "more", "second"):
+    for where in ("in", "more", "second", "alpha"):
         (root / where).mkdir()
         for n, size in enumerate(sizes):
             pixels = np.random.default_rng(n + 10 * (where == "second")).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
             name = f"{'other ' if where == 'second' else ''}{n}.png"
-            Image.fromarray(pixels).save(root / where / name)
+            picture = Image.fromarray(pixels)
+            (picture.convert("RGBA") if where == "alpha" else picture).save(root / where / name)
             (root / where / name).with_suffix(".txt").write_text(f"red, pot {n}, clay\nsecond line {n}")
     Image.new("RGB", (128, 128), "red").save(root / "more" / "new.png")
     (root / "more" / "new.txt").write_text("new")
@@ -139,8 +146,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def needed(folder: Path, entry: dict[str, Any], **settings: Any) -> dict[str, set[str]]:
     """The keys that a plan needs, of latents and of texts."""
     rows = [{"id": "base", "instance_data_dir": "in", "resolution": 64, **entry}]
-    if any(key in entry for key in ("start_step", "end_step", "start_epoch", "end_epoch")):
+    if any(key in entry for key in ("start_step", "end_step", "start_epoch", "end_epoch", "is_regularisation_data")):
         rows.append({"id": "always", "instance_data_dir": "in", "resolution": 64})
+    if "conditioning_data" in entry:
+        kind = rows[0].pop("conditioning_type", "mask")
+        rows.append({"id": "masks", "instance_data_dir": "in", "dataset_type": "conditioning", "conditioning_type": kind})
     for row in rows:
         if row.get("type") == "huggingface":
             row["dataset_name"] = str(folder / str(row["dataset_name"]))
@@ -153,7 +163,7 @@ def needed(folder: Path, entry: dict[str, Any], **settings: Any) -> dict[str, se
     (folder / "datasets.yaml").write_text(json.dumps(rows))
     config = st.presets.playground(**{"validation_prompt": ("lock",), "lr_warmup_steps": 0, "cache_dir": str(folder / "cache"), **settings})
     builder = CacheBuilder(st.plan(st.discover(folder / "datasets.yaml"), config), st.encoders(config))
-    found: dict[str, set[str]] = {"latents": set(), "texts": set()}
+    found: dict[str, set[str]] = {"latents": set(), "texts": set(), "masks": set()}
     for kind, key, _ in builder.wanted():
         found[kind].add(key)
     return found

@@ -41,6 +41,10 @@ class FakeTrainer:
         for gate in self.gates.values():
             gate.set()
 
+    @property
+    def total(self) -> int:
+        return int(self.cache.plan.steps)
+
     def pass_gate(self, name: str) -> None:
         self.reached[name].set()
         assert self.gates[name].wait(PATIENCE)

@@ -17,7 +17,8 @@ import torch
 from conftest import Workbench
 
 import sd3tune as st
-from sd3tune.run_folder import RunFolder, follow_segments, read_lines
+from sd3tune.history import follow_segments, read_lines
+from sd3tune.run_folder import RunFolder
 
 KEYS = ("step", "loss", "losses", "sigmas", "items", "learning_rate", "grad_norm")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from sd3tune.run_folder import smooth
+from sd3tune.history import smooth
 
 Point = tuple[int, float]
 

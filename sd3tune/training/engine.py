@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,30 +17,14 @@ from torch import Tensor, nn
 
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
-from sd3tune.training import flow, sigmas
-from sd3tune.training.batches import Batch, Batches, fold, generator, noise
+from sd3tune.training import flow
+from sd3tune.training.batches import Batches, fold
 from sd3tune.training.guard import RECENT, Guard, GuardError, Refusal, due, sizes, suspects, worst_block
+from sd3tune.training.objective import Part, forward, mean_loss, share_of_nothing
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
+from sd3tune.training.peak import peak_memory
 from sd3tune.training.rules import Rules
 from sd3tune.training.schedules import learning_rate
-
-
-class TransformerVelocity:
-    """The SD3 transformer as a function of sigma; the one place where sigma becomes the transformer's 1000 * sigma."""
-
-    def __init__(self, transformer: Any, dtype: torch.dtype) -> None:
-        self.transformer, self._dtype = transformer, dtype
-
-    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor:
-        """Predicted velocity B C H W. The timestep stays float32: bf16 would tell the model another noise level."""
-        device = noisy_BCHW.device
-        mixed = self._dtype != torch.float32
-        with torch.autocast(device.type, self._dtype) if mixed else nullcontext():
-            return self.transformer(  # type: ignore[no-any-return]
-                hidden_states=noisy_BCHW.to(self._dtype), timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD.to(self._dtype),
-                pooled_projections=pooled_BP.to(self._dtype), return_dict=False,
-            )[0]  # fmt: skip
-
 
 HIGHEST_SCALE = 2.0**15
 """Where the scale of an fp16 loss begins, and the most that it may become."""
@@ -54,28 +36,6 @@ CALM = 200
 def ema_decay(number: int, most: float) -> float:
     """Decay of the average's update ``number`` (from 1): it follows quickly at first. Source: (1 + n) / (10 + n), as in diffusers."""
     return min(most, (1 + number) / (10 + number))
-
-
-@dataclass(frozen=True)
-class _Part:
-    ids: tuple[str, ...]
-    sigma_B: Tensor
-    loss_B: Tensor
-    nothing_B: Tensor
-    """The loss of predicting zero."""
-    regularisation: bool = False
-
-
-def _mean(parts: Sequence[_Part], *, regularisation: bool) -> float | None:
-    """Mean loss of the pictures of one kind; nothing when there is none."""
-    losses = [value for part in parts if part.regularisation == regularisation for value in part.loss_B.tolist()]
-    return sum(losses) / len(losses) if losses else None
-
-
-def _share(parts: Sequence[_Part]) -> tuple[float, float]:
-    """Mean loss over some batches' images, and that of predicting nothing."""
-    loss_B, nothing_B = torch.cat([part.loss_B for part in parts]), torch.cat([part.nothing_B for part in parts])
-    return float(loss_B.mean()), float(nothing_B.mean())
 
 
 class Engine:
@@ -120,7 +80,7 @@ class Engine:
         losses = tuple(torch.cat([part.loss_B for part in parts]).tolist())
         items = tuple(i for part in parts for i in part.ids)
         levels = tuple(torch.cat([p.sigma_B for p in parts]).tolist())
-        step, (loss, nothing) = self.updates + 1, _share(parts)
+        step, (loss, nothing) = self.updates + 1, share_of_nothing(parts)
         why, runaway = self.guard.objection(loss, grad_norm, nothing=nothing)
         if why:
             names, at = suspects(items, levels, losses)
@@ -137,8 +97,8 @@ class Engine:
             self._assert_moved()
         seconds = time.perf_counter() - started
         return StepRecord(
-            step=step, loss=_mean(parts, regularisation=False), regularisation_loss=_mean(parts, regularisation=True), losses=losses,
-            sigmas=levels, items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds,
+            step=step, loss=mean_loss(parts, regularisation=False), regularisation_loss=mean_loss(parts, regularisation=True),
+            losses=losses, sigmas=levels, items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds,
             images_per_second=len(items) / seconds, peak_memory_bytes=peak_memory(self._device),
         )  # fmt: skip
 
@@ -198,7 +158,7 @@ class Engine:
             self.load_state_dict({**self._healthy, "skipped": sorted(self.skipped)})
         raise GuardError(refusal)
 
-    def _gradient(self, indices: range, images: int, most: float) -> tuple[list[_Part], float]:
+    def _gradient(self, indices: range, images: int, most: float) -> tuple[list[Part], float]:
         """The gradient of the mean loss over some batches, clipped; its norm before that."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
@@ -231,7 +191,7 @@ class Engine:
             seconds = time.perf_counter() - started
         return seconds * self.rules.accumulation
 
-    def _backward(self, k: int, images: int) -> _Part:
+    def _backward(self, k: int, images: int) -> Part:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
         loss, part = self._forward(k)
         (loss / images * self._scale).backward()  # type: ignore[no-untyped-call]
@@ -242,38 +202,11 @@ class Engine:
         """The loss of some batches before anything is learned, as a share of what predicting nothing costs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(self.rules.seed, 0, 9))
-            loss, nothing = _share([self._forward(k)[1] for k in range(RECENT)])
+            loss, nothing = share_of_nothing([self._forward(k)[1] for k in range(RECENT)])
         return loss / nothing
 
-    def _forward(self, k: int) -> tuple[Tensor, _Part]:
-        """The sum of the weighted losses of batch ``k``, and what was measured of it."""
-        rules, batch = self.rules, self.batches[k]
-        shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
-        sigma_B = sigmas.draw(
-            shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
-            offset=batch.sigma_offset, spread=rules.spread, k=k,
-        )  # fmt: skip
-        latent_BCHW = batch.latent_BCHW.float().to(self._device)
-        noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(self._device), None
-        if rules.perturbation:
-            extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(self._device)
-        loss_B = flow.loss(
-            self.velocity, latent_BCHW, batch.joint_BLD.to(self._device), batch.pooled_BP.to(self._device),
-            sigma_B=sigma_B.to(self._device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
-            mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(self._device), mask_normalise=rules.mask_normalise,
-            prior=self._prior_of(batch),
-        )  # fmt: skip
-        weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(self._device)
-        if batch.regularisation:
-            weighted_B = rules.regularisation_weight * weighted_B
-        nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
-        return weighted_B.sum(), _Part(batch.ids, sigma_B, loss_B.detach(), nothing_B, batch.regularisation)
-
-    def _prior_of(self, batch: Batch) -> flow.Velocity | None:
-        """What says where the model should stay; nothing for pictures to learn from."""
-        if batch.regularisation and self.prior is None:
-            raise TrainingError("a batch is regularisation data, but the engine was not given the base model's velocity (prior)")
-        return self.prior if batch.regularisation else None
+    def _forward(self, k: int) -> tuple[Tensor, Part]:
+        return forward(k, self.batches, self.rules, velocity=self.velocity, prior=self.prior, device=self._device)
 
     @contextmanager
     def judged(self) -> Iterator[None]:
@@ -340,17 +273,3 @@ class Engine:
         self.updates = int(state["updates"])
         self._next, self._moving = int(state.get("next", self.updates)), False
         self.skipped, self.guard = set(state.get("skipped", ())), Guard(**copy.deepcopy(dict(state.get("guard", {}))))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes ever held: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

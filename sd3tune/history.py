@@ -1,0 +1,75 @@
+"""The history of a run: one record a line, segments that branch, and what is read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from sd3tune.files import explained
+from sd3tune.records import Record, SegmentRecord
+
+
+class History:
+    """The one appended file of a run: flushed line by line, fsynced when asked."""
+
+    def __init__(self, path: Path, *, segment: int = 0) -> None:
+        self.segment = segment
+        with explained(path):
+            whole = path.read_bytes() if path.exists() else b""
+            self._file = path.open("a", encoding="utf-8")
+            if whole and not whole.endswith(b"\n"):
+                self._file.write("\n")  # the torn last line of a killed run stays a line of its own
+        self._path = path
+
+    def append(self, record: Record) -> None:
+        """Write one record. Raises: FileError."""
+        line = {**record.as_dict(), "time": round(time.time(), 3), "segment": self.segment}
+        with explained(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Make everything so far survive a power cut. Raises: FileError."""
+        with explained(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a history; torn ones are left out."""
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("type"), str) and isinstance(row.get("step"), int):
+            found.append(row)
+    return found
+
+
+def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what a later segment has replaced."""
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if line["type"] == SegmentRecord.type:
+            kept = [r for r in kept if r["step"] <= line["from_step"]]
+        kept.append(line)
+    return kept
+
+
+def smooth(values: list[float], decay: float = 0.95) -> list[float]:
+    """Exponential moving average without the pull towards zero at its start."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(total / weight)
+    return out

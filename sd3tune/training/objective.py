@@ -1,0 +1,75 @@
+"""The loss of one batch: noise, sigmas and all else that is a function of (seed, k).
+
+Shapes: B images, C latent channels, H x W latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3tune.errors import TrainingError
+from sd3tune.training import flow, sigmas
+from sd3tune.training.batches import Batch, Batches, generator, noise
+from sd3tune.training.rules import Rules
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was measured of one batch."""
+
+    ids: tuple[str, ...]
+    sigma_B: Tensor
+    loss_B: Tensor
+    nothing_B: Tensor
+    """The loss of predicting zero."""
+    regularisation: bool = False
+
+
+def mean_loss(parts: Sequence[Part], *, regularisation: bool) -> float | None:
+    """Mean loss of the pictures of one kind; nothing when there is none."""
+    losses = [value for part in parts if part.regularisation == regularisation for value in part.loss_B.tolist()]
+    return sum(losses) / len(losses) if losses else None
+
+
+def share_of_nothing(parts: Sequence[Part]) -> tuple[float, float]:
+    """Mean loss over some batches' images, and that of predicting nothing."""
+    loss_B, nothing_B = torch.cat([part.loss_B for part in parts]), torch.cat([part.nothing_B for part in parts])
+    return float(loss_B.mean()), float(nothing_B.mean())
+
+
+def forward(
+    k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device
+) -> tuple[Tensor, Part]:
+    """The sum of the weighted losses of batch ``k``, and what was measured of it. Raises: TrainingError."""
+    batch = batches[k]
+    shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
+    sigma_B = sigmas.draw(
+        shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
+        offset=batch.sigma_offset, spread=rules.spread, k=k,
+    )  # fmt: skip
+    latent_BCHW = batch.latent_BCHW.float().to(device)
+    noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(device), None
+    if rules.perturbation:
+        extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(device)
+    loss_B = flow.loss(
+        velocity, latent_BCHW, batch.joint_BLD.to(device), batch.pooled_BP.to(device),
+        sigma_B=sigma_B.to(device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
+        mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(device), mask_normalise=rules.mask_normalise,
+        prior=_prior_of(batch, prior),
+    )  # fmt: skip
+    weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(device)
+    if batch.regularisation:
+        weighted_B = rules.regularisation_weight * weighted_B
+    nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
+    return weighted_B.sum(), Part(batch.ids, sigma_B, loss_B.detach(), nothing_B, batch.regularisation)
+
+
+def _prior_of(batch: Batch, prior: flow.Velocity | None) -> flow.Velocity | None:
+    """What says where the model should stay; nothing for pictures to learn from."""
+    if batch.regularisation and prior is None:
+        raise TrainingError("a batch is regularisation data, but the engine was not given the base model's velocity (prior)")
+    return prior if batch.regularisation else None

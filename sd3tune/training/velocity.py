@@ -1,0 +1,29 @@
+"""The SD3 transformer as the function that training and sampling need.
+
+Shapes: B images, C latent channels, H x W latent pixels, L tokens, D their width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TransformerVelocity:
+    """The SD3 transformer as a function of sigma; the one place where sigma becomes the transformer's 1000 * sigma."""
+
+    def __init__(self, transformer: Any, dtype: torch.dtype) -> None:
+        self.transformer, self._dtype = transformer, dtype
+
+    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor:
+        """Predicted velocity B C H W. The timestep stays float32: bf16 would tell the model another noise level."""
+        device = noisy_BCHW.device
+        mixed = self._dtype != torch.float32
+        with torch.autocast(device.type, self._dtype) if mixed else nullcontext():
+            return self.transformer(  # type: ignore[no-any-return]
+                hidden_states=noisy_BCHW.to(self._dtype), timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD.to(self._dtype),
+                pooled_projections=pooled_BP.to(self._dtype), return_dict=False,
+            )[0]  # fmt: skip

@@ -92,7 +92,7 @@ def built(data: Path, config: st.RunConfig) -> st.Cache:
 def losses(trainer: st.Trainer, base: st.Cache) -> dict[str, float]:
     """On the style's held-out pictures, and on the base's drawings of other captions."""
     levels = evaluation_levels(trainer.engine.rules, base.plan.evaluation, 8)
-    with trainer._evaluating():
+    with trainer._judge._evaluating():
         found = {
             name: evaluation_loss(trainer.engine.velocity, cache, sigmas=levels, device=trainer.device, step=0).loss
             for name, cache in (("style", trainer.cache), ("others", base))

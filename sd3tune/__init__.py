@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Sd3TuneError,
         TrainingError,
     )
+    from sd3tune.launching import launch
     from sd3tune.listing import runs
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
@@ -38,7 +39,8 @@ _HOMES = {
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
-    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "replay": "replaying",
+    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "launch": "launching",
+    "presets": "config.presets", "replay": "replaying",
     "runs": "listing",
 }  # fmt: skip
 
@@ -46,7 +48,7 @@ __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "plan", "presets", "replay", "runs",
+    "encoders", "free", "from_simpletuner", "launch", "plan", "presets", "replay", "runs",
 ]  # fmt: skip
 
 

@@ -19,9 +19,14 @@ from sd3tune.data.datasets import dataset_of
 from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, DataError
 from sd3tune.files import digest
-from sd3tune.models import adapters, encoders, starting
+from sd3tune.models import adapters, components, encoders, lycoris_adapters, starting
+from sd3tune.models.lora_files import Verified, save_lora
+from sd3tune.models.lora_layouts import Layout
+from sd3tune.models.modelspec import modelspec
+from sd3tune.processes import Processes
 from sd3tune.run_folder import RunFolder
 from sd3tune.training.flow import Measure
+from sd3tune.training.objective import ALONE
 from sd3tune.training.optim import Rule
 from sd3tune.training.rules import Rules
 from sd3tune.training.spreads import Kind, Spread
@@ -43,6 +48,17 @@ def begin(config: RunConfig, weights: Mapping[str, Any]) -> str:
     if config.adapter.lora_type == "lycoris":
         return starting.begin_lycoris(Path(path), weights)
     return starting.begin_with(Path(path), weights, spec_of(config))
+
+
+def write_adapter(
+    path: Path, weights: Mapping[str, torch.Tensor], config: RunConfig, made: Plan, *, network: Any, step: int, layout: Layout
+) -> Verified:
+    """Write an adapter file, read it back and compare; what was found. Raises: CheckpointError, FileError."""
+    notes = {"sd3tune.step": str(step), **modelspec(config, made, path.stem)}
+    if network is not None:
+        lycoris = lycoris_adapters.read_config(config.adapter.lycoris_config)
+        return lycoris_adapters.save_lycoris(path, network, weights, notes, lycoris)
+    return save_lora(path, weights, spec_of(config), skeleton=components.skeleton(config), notes=notes, layout=layout)
 
 
 def checkpointing(config: RunConfig, device: torch.device) -> bool:
@@ -98,14 +114,24 @@ def check_sizes(made: Plan, model: Any) -> None:
 def plan_digest(made: Plan) -> str:
     """Digest of what decides the order of the data, whatever the number of updates."""
     rows = [f"{p.item.id} {p.bucket} {p.copy}" + " stays" * p.item.dataset.is_regularisation_data for p in made.train]
-    return digest(str(made.batch_size), str(made.accumulation), *rows)
+    return digest(str(made.batch_size * made.processes), str(made.accumulation), *rows)
 
 
-def rebuild_cache(folder: RunFolder, config: RunConfig) -> Cache:
+def encoded(config: RunConfig, made: Plan, processes: Processes = ALONE) -> Cache:
+    """The cache of a plan; several processes share out what is missing. Raises: DataError, ModelError, FileError."""
+    handle = encoders.encoders(config)
+    if processes.count > 1:
+        for _ in CacheBuilder(made, handle, part=(processes.rank, processes.count)):
+            pass
+        processes.wait()
+    return CacheBuilder(made, handle).build()
+
+
+def rebuild_cache(folder: RunFolder, config: RunConfig, processes: Processes = ALONE) -> Cache:
     """The cache of a run folder, from the data sets that its manifest names. Raises: CheckpointError, DataError."""
     try:
         rows = json.loads(folder.manifest.read_text())["datasets"]
         datasets = [dataset_of(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.manifest}: cannot be read ({error}); pass the cache to Trainer.resume") from None
-    return CacheBuilder(plan(from_datasets(datasets), config), encoders.encoders(config)).build()
+    return encoded(config, plan(from_datasets(datasets), config), processes)

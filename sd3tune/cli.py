@@ -116,16 +116,30 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from sd3tune.assembly import encoded
+    from sd3tune.processes import join, leave, started
+
     deadline = time.monotonic() + seconds_of(options.stop_before) if options.stop_before else None
     if options.resume:
         from sd3tune.config.reading import parse_setting
 
         trainer = st.Trainer.resume(options.resume, **dict(map(parse_setting, options.set)))
     else:
-        config, plan = _made_plan(options)
-        trainer = st.Trainer(config, _encoded(config, plan))
-    print(trainer.manifest)
-    return _drive(trainer, deadline)
+        config = config_of(options)
+        config = config.replace(num_processes=config.run.num_processes or started())
+        processes = join(config.run.num_processes)
+        plan = st.plan(st.discover(options.data), config)
+        cache = _encoded(config, plan) if processes.count == 1 else encoded(config, plan, processes)
+        trainer = st.Trainer(config, cache, processes=processes)
+    if trainer.processes.main:
+        print(f"run folder: {trainer.folder.path}\n{trainer.manifest}", flush=True)
+        code = _drive(trainer, deadline)
+    else:
+        for _ in trainer.run():
+            pass
+        code = 0
+    leave()
+    return code
 
 
 def seconds_of(text: str) -> float:
@@ -152,9 +166,7 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
         for record in records:
             longest, before = max(longest, time.monotonic() - before), time.monotonic()
             if deadline is not None and before + 2 * longest > deadline and not trainer.done:
-                records.close()
-                print(f"\nstopped after step {trainer.steps_done}, before the time was over; saved {trainer.secure()}\n{again}")
-                return 0
+                trainer.stop()
             if isinstance(record, NoticeRecord) and record.step:
                 tqdm.write(f"step {record.step}: {record.text}")
             elif isinstance(record, EvalRecord):

@@ -62,3 +62,17 @@ def interrupts_deferred() -> Iterator[None]:
         raise TerminatedError
     if came:
         raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Leave Ctrl-C and SIGTERM to the main process, which tells the others when to stop, for the duration of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -26,6 +26,7 @@ class Manifest(Shown):
     """Everything that answers "did it train on what I meant"."""
 
     sentence: str
+    updates: int
     images_found: int
     images_used: int
     images_held_out: int
@@ -173,6 +174,7 @@ def describe(
     )
     return Manifest(
         sentence=plan.sentence(seconds_per_update),
+        updates=plan.steps,
         images_found=len(catalog.items) + len(catalog.problems),
         images_used=len({p.item.path for p in plan.train}),
         images_held_out=len(plan.evaluation),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -132,3 +133,22 @@ class SegmentRecord(Record):
     from_step: int
     parent: int
     why: str
+
+
+KINDS: dict[str, type[Record]] = {
+    kind.type: kind
+    for kind in (
+        CacheRecord, StepRecord, EvalRecord, PreviewRecord, ImageRecord, CheckpointRecord, CommandRecord, NoticeRecord, WaitRecord,
+        SegmentRecord,
+    )
+}  # fmt: skip
+"""Every kind by its ``type``."""
+
+
+def of_row(row: Mapping[str, Any]) -> Record | None:
+    """The record that a line of a history holds; nothing for a kind of another version."""
+    kind = KINDS.get(row.get("type", ""))
+    if kind is None:
+        return None
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in names})

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sd3tune import certificate, control, keeping
-from sd3tune.assembly import begin, check_sizes, checkpointing, plan_digest, rebuild_cache, rules_of, spec_of
+from sd3tune import certificate, control, keeping, resuming
+from sd3tune.assembly import begin, check_sizes, checkpointing, plan_digest, rules_of, spec_of, write_adapter
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live
 from sd3tune.config.schema import RunConfig
-from sd3tune.control import interrupts_deferred, terminated_as_interrupt
+from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
-from sd3tune.files import write_text
-from sd3tune.history import History
+from sd3tune.judging import Judge
 from sd3tune.manifest import Manifest, describe
-from sd3tune.mirror import Mirror
 from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters, memory
-from sd3tune.models.lora_files import save_lora
 from sd3tune.models.lora_layouts import Layout
-from sd3tune.models.modelspec import modelspec
 from sd3tune.models.tokens import truncated
-from sd3tune.records import (
-    CheckpointRecord,
-    CommandRecord,
-    EvalRecord,
-    NoticeRecord,
-    PreviewRecord,
-    Record,
-    SegmentRecord,
-    StepRecord,
-    WaitRecord,
-)
-from sd3tune.run_folder import PINNED, RunFolder, log_level, open_log, step_of
+from sd3tune.processes import Processes, join
+from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord, WaitRecord
+from sd3tune.run_folder import RunFolder, log_level
+from sd3tune.saving import Saver
 from sd3tune.training.batches import Batches
 from sd3tune.training.engine import Engine
 from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
 from sd3tune.training.velocity import TransformerVelocity
-from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.validator import Validator, grid_of
 
 POLL = 0.2
 """Seconds between two looks at what a waiting run waits for."""
@@ -56,23 +41,31 @@ SKIPS_IN_A_ROW = 3
 """After so many refused updates without one that is applied, it is not the pictures."""
 
 
+class Order(NamedTuple):
+    """What the main process tells the others before an update: settings to change, and whether to stop."""
+
+    settings: tuple[dict[str, Any], ...] = ()
+    stop: bool = False
+
+
 class Trainer:
     """Advance an adapter one update at a time: ``step``, ``run``, ``validate``, ``save``, ``resume``.
 
     A checkpoint is adapter, optimizer moments, number of updates and live settings; all else is a function of
-    (config, cache, seed, k). Raises: ConfigError, ModelError, CacheError, FileError.
+    (config, cache, seed, k). Of several processes each holds a trainer; what is written, drawn and asked is the main one's.
+    Raises: ConfigError, ModelError, CacheError, FileError.
     """
 
-    def __init__(self, config: RunConfig, cache: Cache, *, folder: RunFolder | None = None) -> None:
+    def __init__(self, config: RunConfig, cache: Cache, *, folder: RunFolder | None = None, processes: Processes | None = None) -> None:
         log_level()
+        self.processes = processes or join(config.run.num_processes or 1)
         self.config, self.cache = config, cache
-        self.device = components.pick_device()
+        self.device = self.processes.device or components.pick_device()
         capabilities.require(config)
         require_optimizer(config.optimizer.optimizer, self.device)
         self.transformer = components.load_transformer(config, self.device)
         if checkpointing(config, self.device):
             self.transformer.enable_gradient_checkpointing()
-        self._check_layers(config)
         check_sizes(cache.plan, self.transformer.config)
         self.network: Any = None
         if config.adapter.lora_type == "lycoris":
@@ -87,9 +80,11 @@ class Trainer:
         )  # fmt: skip
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(
-            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network)
+            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network),
+            processes=self.processes,
         )  # fmt: skip
-        self._validator = Validator(self.transformer, cache, self.device)
+        self._judge = Judge(self.engine, self.transformer, self.network, cache, self.device)
+        self._judge.check_layers(config)
         cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
         self.manifest: Manifest = describe(
             cache,
@@ -100,19 +95,15 @@ class Trainer:
             seconds_per_update=self.engine.seconds_per_update(),
             advice=tuple(map(str, advice(config))),
         )
-        self.folder = folder or RunFolder.create(Path(config.run.output_dir).absolute())
-        self._log = open_log(self.folder)
-        self._history = History(self.folder.history)
-        self._keeper = keeping.Keeper()
+        self.folder = folder or self.processes.by_main(lambda: RunFolder.create(Path(config.run.output_dir).absolute()))
+        self._saver = Saver(self.folder, config, main=self.processes.main)
         self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
+        self._orders: list[dict[str, Any]] = []
+        self._stopping, self._updating = False, False
         self.certificate: certificate.Certificate | None = None
         """How the run was resumed, if it was."""
-        self._mirror = Mirror(self.folder.path, config.run.mirror_to) if config.run.mirror_to else None
         if folder is None:
-            write_text(self.folder.environment, certificate.installed())
-            config.save(self.folder.config)
-            write_text(self.folder.manifest, json.dumps(self.manifest.as_dict(), indent=1) + "\n")
-            self._log.info("run folder %s\n%s%s", self.folder.path, begun + "\n" * bool(begun), self.manifest)
+            self._saver.begin(config, self.manifest, begun)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -136,28 +127,33 @@ class Trainer:
 
     def step(self) -> StepRecord:
         """One optimizer update and nothing else. Raises: TrainingError."""
-        with interrupts_deferred():
+        with interrupts_deferred() if self.processes.main else nullcontext():
             optimizer = self.config.optimizer
+            self._updating = True
             record = self.engine.update(peak_learning_rate=optimizer.learning_rate, max_grad_norm=optimizer.max_grad_norm)
+            self._updating = False
             self._tell(record)
         return record
 
     def run(self, n: int | None = None) -> Iterator[Record]:
         """Do up to ``n`` updates (all that are left) and yield every record of what falls due on the way.
 
-        Ctrl-C, SIGTERM, the guard and any error come through after the state was saved.
+        Ctrl-C, SIGTERM, the guard and any error come through after the state was saved. Of several processes the main one decides
+        how far it goes, and the others follow.
         """
         last = None if n is None else self.steps_done + n
-        with terminated_as_interrupt():
+        with terminated_as_interrupt() if self.processes.main else signals_ignored():
             try:
-                yield from self._run(last)
+                yield from self._run(last) if self.processes.main else self._follow()
             except GeneratorExit:
+                self._dismiss()
                 raise
             except BaseException as error:
                 try:
                     self.secure()
                 except (FileError, CheckpointError) as second:
                     error.add_note(f"the state could not be saved either: {second}")
+                self._dismiss()
                 raise
 
     def _run(self, last: int | None) -> Iterator[Record]:
@@ -165,15 +161,35 @@ class Trainer:
             yield self._tell(NoticeRecord(step=0, text=self.manifest.sentence))
             if self.config.optimizer.guard_policy == "rollback" and not self.folder.checkpoints():
                 yield from self._save()
-            yield from self._judge(0)
+            yield from self._both(0)
         while self.steps_done < (self.total if last is None else min(last, self.total)):
-            if (yield from self._obey()):
+            stop = yield from self._obey()
+            self._order(Order(tuple(self._orders), stop))
+            if stop:
                 return
             if (yield from self._advance()):
                 yield from self._due(self.steps_done)
-            yield from self._news()
+            yield from self._news(self._saver.news())
         if self.done and not self.folder.lora.exists():
             yield from self._finish()
+        self._order(Order(stop=True))
+
+    def _follow(self) -> Iterator[Record]:
+        """Do in another process what the main one says."""
+        while not (order := self.processes.told(Order())).stop:
+            for settings in order.settings:
+                self._apply(settings)
+            yield from self._advance()
+
+    def _order(self, order: Order) -> None:
+        self._orders.clear()
+        self.processes.told(order)
+
+    def _dismiss(self) -> None:
+        """End the other processes, which wait for an order unless this is in the middle of an update, where they notice by themselves."""
+        if self.processes.main and not self._updating:
+            with suppress(TrainingError):
+                self._order(Order(stop=True))
 
     def _advance(self) -> Generator[Record, None, bool]:
         """One update, or what the guard's policy makes of one that was refused; whether there was one. Raises: GuardError."""
@@ -188,13 +204,14 @@ class Trainer:
             elif policy == "skip" and self._refused <= SKIPS_IN_A_ROW:
                 self.engine.skip(error.refusal.batch)
                 if self.steps_done < before:
-                    yield self._branch("guard", self.steps_done)
+                    yield self._saver.branch("guard", self.steps_done)
                 yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; left out"))
                 yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
             else:
                 if self.steps_done < before:
-                    self._branch("guard", self.steps_done)
+                    self._saver.branch("guard", self.steps_done)
                 raise
+            self._updating = False
             return False
         self._refused = 0
         return True
@@ -204,21 +221,20 @@ class Trainer:
         self._rollbacks += 1
         self.engine.skip(error.refusal.batch)
         skipped, rate = sorted(self.engine.skipped), self.config.optimizer.learning_rate / 2
-        state = self.folder.read_checkpoint(before=(self._refused - 1) // 2)
+        state = self.processes.by_main(lambda: self.folder.read_checkpoint(before=(self._refused - 1) // 2))
         self.engine.load_state_dict({**state, "skipped": skipped})
         self.config = self.config.replace(learning_rate=rate)
-        self.folder.point_at(self.steps_done)
-        yield self._branch("rollback", self.steps_done)
+        if self.processes.main:
+            self.folder.point_at(self.steps_done)
+        yield self._saver.branch("rollback", self.steps_done)
         text = f"{error.refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}"
         yield self._tell(NoticeRecord(step=self.steps_done, text=text))
         yield self._tell(CommandRecord(step=self.steps_done, name="set", value={"learning_rate": rate}))
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=skipped))
 
-    def _branch(self, why: str, step: int) -> Record:
-        """From here on the history goes on from ``step``."""
-        parent = self._history.segment
-        self._history.segment = 1 + max((line.get("segment", 0) for line in self.folder.read_history()), default=0)
-        return self._tell(SegmentRecord(step=step, from_step=step, parent=parent, why=why))
+    def stop(self) -> None:
+        """Save and stop before the next update."""
+        self._stopping = True
 
     def _obey(self) -> Generator[Record, None, bool]:
         """Do what the control files ask; whether to stop."""
@@ -234,10 +250,14 @@ class Trainer:
             yield self.note(name.lower())
             if name == "SAMPLE" and self.config.prompts:
                 yield from self.validation()
-            elif name != "SAMPLE":
+            elif name == "SAVE":
                 self.secure()
-            if name == "STOP":
-                return True
+            elif name == "STOP":
+                self.stop()
+        if self._stopping:
+            self._stopping = False
+            self.secure()
+            return True
         return False
 
     def _due(self, step: int) -> Iterator[Record]:
@@ -245,7 +265,8 @@ class Trainer:
         config = self.config
         if self.done:
             return
-        if self._keeper.due(step, interval=config.schedule.checkpoint_step_interval, minutes=config.schedule.checkpoint_minutes):
+        interval, minutes = config.schedule.checkpoint_step_interval, config.schedule.checkpoint_minutes
+        if self._saver.keeper.due(step, interval=interval, minutes=minutes):
             yield from self._save()
         every = config.evaluation.eval_steps_interval
         if every and step % every == 0 and self.cache.plan.evaluation:
@@ -258,11 +279,10 @@ class Trainer:
         """Evaluate; keep the state if it is the best so far."""
         record = self.evaluate()
         yield record
-        best = keeping.best_of(self.folder.checkpoint_folder)
-        if self.config.schedule.checkpoint_keep_best and record.step and (best is None or record.loss < best[1]):
-            if self._keeper.saved_step != record.step:
+        if self.config.schedule.checkpoint_keep_best and record.step and self._saver.best_so_far(record.loss):
+            if self._saver.keeper.saved_step != record.step:
                 yield from self._save()
-            keeping.mark_best(self.folder.checkpoint_folder, record.step, record.loss)
+            self._saver.mark_best(record.step, record.loss)
 
     def _save(self) -> Iterator[Record]:
         """A checkpoint; on a disk without room, as soon as there is some."""
@@ -276,12 +296,13 @@ class Trainer:
             yield WaitRecord(step=self.steps_done, why=short)
         yield self.checkpoint()
 
-    def _news(self, *, wait: bool = False) -> Iterator[Record]:
-        """What the mirror has to say."""
-        for text in self._mirror.news(wait=wait) if self._mirror else ():
+    def _news(self, said: Sequence[str]) -> Iterator[Record]:
+        """What became of copies."""
+        for text in said:
             yield self._tell(NoticeRecord(step=self.steps_done, text=text))
 
-    def _judge(self, step: int) -> Iterator[Record]:
+    def _both(self, step: int) -> Iterator[Record]:
+        """Evaluate and draw."""
         if self.cache.plan.evaluation:
             yield from self._evaluated()
         if self.config.prompts:
@@ -294,18 +315,11 @@ class Trainer:
             self.save(self.folder.lora.with_name("lora-ema.safetensors"), ema=True)
         tensors = self.save(self.folder.lora)
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
-        yield from self._judge(self.steps_done)
-        self.folder.save_loss_chart()
-        if self._mirror:
-            self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file()])
-            yield from self._news(wait=True)
-            self._mirror.close()
+        yield from self._both(self.steps_done)
+        yield from self._news(self._saver.finish())
 
     def _tell(self, record: Record) -> Record:
-        """Write a record to the history; those that are rare also to the log, in words."""
-        self._history.append(record)
-        if not isinstance(record, StepRecord):
-            self._log.info("%s", record)
+        self._saver.tell(record)
         return record
 
     # --- what a person may ask between two updates -------------------------------------------------------------------
@@ -316,6 +330,7 @@ class Trainer:
         if not refused:
             try:
                 self._apply(settings)
+                self._orders.append(settings)
             except ConfigError as error:
                 refused = "; ".join(error.problems)
         record = CommandRecord(step=self.steps_done, name="set", value=settings, refused=refused)
@@ -341,7 +356,7 @@ class Trainer:
         if values.get("max_train_steps") is not None:
             values["num_train_epochs"] = None
         changed = self.config.replace(**values)
-        self._check_layers(changed)
+        self._judge.check_layers(changed)
         self.config = changed
         if settings.get("max_train_steps") is not None:
             self._total = int(settings["max_train_steps"])
@@ -376,20 +391,14 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """The loss on the held-out pictures, with fixed noise and noise levels. Raises: TrainingError when there are none."""
-        if not self.cache.plan.evaluation:
-            raise TrainingError("there are no held-out pictures; add a data set with dataset_type: eval")
-        levels = evaluation_levels(self.engine.rules, self.cache.plan.evaluation, self.config.evaluation.eval_timesteps)
-        with self._evaluating():
-            record = evaluation_loss(self.engine.velocity, self.cache, sigmas=levels, device=self.device, step=self.steps_done)
+        record = self._judge.evaluate(self.config)
         self._tell(record)
         return record
 
     def validation(self) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
-        with self._evaluating(self.config.validation.validation_lycoris_strength):
-            for record in self._validator.draw(self.config, self.folder, self.steps_done):
-                yield record if isinstance(record, PreviewRecord) else self._tell(record)
-        self.grid().save(self.folder.grid)
+        for record in self._judge.draw(self.config, self.folder):
+            yield record if isinstance(record, PreviewRecord) else self._tell(record)
 
     def validate(self) -> Grid:
         """Draw the validation prompts now and show them above the base model's. Raises: TrainingError without prompts."""
@@ -401,9 +410,7 @@ class Trainer:
 
     def grid(self) -> Grid:
         """The newest pictures under the base model's, over the real ones."""
-        drawn = sorted(int(p.name.removeprefix("step-")) for p in self.folder.images(0).parent.glob("step-*"))
-        drawn = [step for step in drawn if step <= self.steps_done]
-        return grid_of(self.config, self.folder, self.cache, sorted({*drawn[:1], *drawn[-1:]}))
+        return self._judge.grid(self.config, self.folder)
 
     # --- saving and resuming -----------------------------------------------------------------------------------------
 
@@ -414,14 +421,12 @@ class Trainer:
         """
         self._require_finite()
         weights = self.engine.ema if ema else self.engine.result()
-        notes = {"sd3tune.step": str(self.steps_done), **modelspec(self.config, self.cache.plan, Path(path).stem)}
-        if self.network is not None:
-            lycoris = lycoris_adapters.read_config(self.config.adapter.lycoris_config)
-            verified = lycoris_adapters.save_lycoris(Path(path), self.network, weights, notes, lycoris)
-        else:
-            skeleton = components.skeleton(self.config)
-            verified = save_lora(Path(path), weights, spec_of(self.config), skeleton=skeleton, notes=notes, layout=layout)
-        self._log.info("%s: %s", path, verified)
+        if not self.processes.main:
+            return len(weights)
+        verified = write_adapter(
+            Path(path), weights, self.config, self.cache.plan, network=self.network, step=self.steps_done, layout=layout
+        )  # fmt: skip
+        self._saver.log.info("%s: %s", path, verified)
         return verified.tensors
 
     def state_dict(self) -> dict[str, Any]:
@@ -435,33 +440,23 @@ class Trainer:
     def checkpoint(self) -> CheckpointRecord:
         """Write a checkpoint into the run folder. Raises: FileError, CheckpointError; older checkpoints are then untouched."""
         self._require_finite()
-        state = self.state_dict()
-        tensors = {name: state.pop(name) for name in ("adapter", "optimizer")}
-        path, count = self.folder.write_checkpoint(
-            self.steps_done, tensors, {**state, "segment": self._history.segment}, self.config.schedule.checkpoints_total_limit
-        )
-        record = CheckpointRecord(step=self.steps_done, path=str(path), tensors=count)
-        self._tell(record)
-        self._history.sync()
-        self._keeper.saved(self.steps_done)
-        if self._mirror:
-            facts = [self.folder.config, self.folder.manifest, self.folder.environment, self.folder.history]
-            written = [*sorted(path.glob("*.safetensors")), path / "state.json", self.folder.checkpoint_folder / "latest.json"]
-            self._mirror.copy(f"step {self.steps_done}", [*facts, *written], keep=[p.name for p in self.folder.checkpoints()])
-        return record
+        if not self.processes.main:
+            return CheckpointRecord(step=self.steps_done, path=str(self._checkpoint_path), tensors=0)
+        return self._saver.checkpoint(self.steps_done, self.state_dict(), self.config.schedule.checkpoints_total_limit)
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self.folder.checkpoint_folder / f"step-{self.steps_done:06d}"
 
     def secure(self) -> Path:
         """The checkpoint of the state as it is; writes one unless there is one. Raises: FileError, CheckpointError."""
-        path = self.folder.checkpoint_folder / f"step-{self.steps_done:06d}"
-        if self._keeper.saved_step == self.steps_done or not self.engine.whole:
-            return path
+        if self._saver.keeper.saved_step == self.steps_done or not self.engine.whole:
+            return self._checkpoint_path
         return Path(self.checkpoint().path)
 
     def pin(self) -> Path:
         """A checkpoint of now that is never dropped."""
-        path = self.secure()
-        write_text(path / PINNED, "kept by hand\n")
-        return path
+        return self._saver.pin(self.secure())
 
     def _require_finite(self) -> None:
         wrong = self.engine.not_finite()
@@ -472,28 +467,16 @@ class Trainer:
     def resume(cls, run_folder: str | Path, cache: Cache | None = None, **changes: Any) -> Trainer:
         """The run of a folder (or of one of its checkpoints), exactly where its newest checkpoint left it; prints a certificate.
 
-        ``changes`` are live settings, such as a learning rate or a length, and are written to the history.
-        Raises: CheckpointError when there is none, or when pictures or captions are no longer the same; ConfigError.
+        ``changes`` are live settings, such as a learning rate or a length, and are written to the history. Another number of
+        processes goes on with the same batches. Raises: CheckpointError when there is none, or when pictures or captions are no
+        longer the same; ConfigError.
         """
-        path = Path(run_folder).absolute()
-        step = step_of(path) if path.parent.name == "checkpoints" else None
-        folder = RunFolder(path if step is None else path.parent.parent)
-        if not folder.config.exists():
-            raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
-        state = folder.read_checkpoint(step)
-        config = RunConfig.load(folder.config)
-        cache = cache or rebuild_cache(folder, config)
-        if state["plan"] != plan_digest(cache.plan):
-            raise CheckpointError(
-                f"{folder.path}: the pictures, captions or batch settings are not those of the run; put them back to resume it, "
-                "or start a new run"
-            )
-        live = {k: tuple(v) if isinstance(v, list) else v for k, v in state["live"].items()}
-        if live.get("max_train_steps") is not None:
-            live["num_train_epochs"] = None
-        trainer = cls(config.replace(**live), cache, folder=folder)
-        trainer._restore(state, changes)
-        print(trainer.certificate)  # noqa: T201 (a resumed run says so itself, in a notebook too)
+        processes = join()
+        found = resuming.read(run_folder, cache, processes)
+        trainer = cls(found.config, found.cache, folder=found.folder, processes=processes)
+        trainer._restore(found.state, changes)
+        if processes.main:
+            print(trainer.certificate)  # noqa: T201 (a resumed run says so itself, in a notebook too)
         return trainer
 
     def _restore(self, state: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
@@ -501,37 +484,12 @@ class Trainer:
         self.engine.load_state_dict(state)
         self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
         self.engine.rules = replace(self.engine.rules, total=self._total)
-        self._history.segment = int(state["segment"])
-        self._keeper.saved(self.steps_done)
-        self._branch("resume", self.steps_done)
+        self._saver.go_on_from(int(state["segment"]), self.steps_done)
+        self._saver.branch("resume", self.steps_done)
         if changes and (refused := self.set(**changes).refused):
             raise ConfigError([refused], "resume")
+        self._orders.clear()  # each process was told of the changes itself
         self.certificate = certificate.certify(
             state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate), changes=changes
         )
         self._tell(NoticeRecord(step=self.steps_done, text=str(self.certificate)))
-
-    def _check_layers(self, config: RunConfig) -> None:
-        depth = self.transformer.config.num_layers
-        wrong = [n for n in config.validation.validation_guidance_skip_layers or () if n >= depth]
-        if wrong:
-            raise ConfigError([f"validation_guidance_skip_layers: {wrong} is beyond this model's blocks, 0 to {depth - 1}"])
-
-    @contextmanager
-    def _evaluating(self, strength: float = 1.0) -> Iterator[None]:
-        """The model in evaluation mode (no adapter dropout), with a share of a LyCORIS adapter's change, for the duration of the block."""
-        models = [self.transformer, *([self.network] if self.network is not None else [])]
-        layers = [] if self.network is None or strength == 1 else self.network.loras
-        before = [layer.multiplier for layer in layers]
-        for model in models:
-            model.eval()
-        for layer in layers:
-            layer.multiplier = strength * layer.multiplier
-        try:
-            with self.engine.judged():
-                yield
-        finally:
-            for model in models:
-                model.train()
-            for layer, multiplier in zip(layers, before, strict=True):
-                layer.multiplier = multiplier

@@ -58,15 +58,15 @@ print(json.dumps(found))
 
 
 class Noise:
-    """Two pictures of the model's own shapes a batch, as a function of k."""
+    """A picture of the model's own shapes a batch, as a function of k."""
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
 
-    def placements(self, k: int) -> tuple[int, int]:
-        return (k, k)
+    def ids(self, k: int) -> tuple[str, ...]:
+        return (str(k),)
 
-    def __getitem__(self, k: int) -> Batch:
+    def part(self, k: int, places: range) -> Batch:
         g, c = torch.Generator().manual_seed(k), self.config
         shapes = ((1, c.in_channels, 8, 8), (1, 20, c.joint_attention_dim), (1, c.pooled_projection_dim))
         latent, joint, pooled = (torch.randn(shape, generator=g).to(self.dtype) for shape in shapes)

@@ -40,13 +40,15 @@ class Toy(nn.Module):
 class ToyBatches:
     """Batch k has 2 images, except that every second one is short."""
 
-    def placements(self, k: int) -> tuple[Any, ...]:
-        return tuple(SimpleNamespace() for _ in range(2 - k % 2))
+    def ids(self, k: int) -> tuple[str, ...]:
+        return tuple(f"{k}.{i}" for i in range(2 - k % 2))
+
+    def part(self, k: int, places: range) -> Batch:
+        latents = torch.stack([torch.full((4, 2, 2), float(k + i)) for i in places])
+        return Batch(tuple(self.ids(k)[i] for i in places), latents, torch.zeros(len(places), 1, 1), torch.zeros(len(places), 1))
 
     def __getitem__(self, k: int) -> Batch:
-        count = len(self.placements(k))
-        latents = torch.stack([torch.full((4, 2, 2), float(k + i)) for i in range(count)])
-        return Batch(tuple(f"{k}.{i}" for i in range(count)), latents, torch.zeros(count, 1, 1), torch.zeros(count, 1))
+        return self.part(k, range(len(self.ids(k))))
 
 
 def engine(**changes: Any) -> tuple[Engine, Toy]:

@@ -10,7 +10,7 @@ import torch
 from test_engine import ToyBatches, engine
 
 from sd3tune.training.batches import Batch
-from sd3tune.training.guard import BLOCK_FACTOR, GRADIENT_FACTOR, LOSS_FACTOR, Guard, GuardError, block_of, due, sizes, worst_block
+from sd3tune.training.guard import BLOCK_FACTOR, GRADIENT_FACTOR, LOSS_FACTOR, Guard, GuardError, block_of, block_sizes, due, worst_block
 
 
 def bits(made: Any) -> dict[str, torch.Tensor]:
@@ -26,8 +26,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 class Poisoned(ToyBatches):
     """One image of batch 6 (update 4) is not a number."""
 
-    def __getitem__(self, k: int) -> Batch:
-        batch = super().__getitem__(k)
+    def part(self, k: int, places: range) -> Batch:
+        batch = super().part(k, places)
         if k == 6:
             batch.latent_BCHW[1] = math.nan
         return batch
@@ -148,7 +148,7 @@ def test_sizes_and_names_of_blocks() -> None:
         "transformer_blocks.3.attn.to_q.lora_B.weight": torch.zeros(2, 1),
         "lycoris_transformer_blocks_11_attn_to_k.lokr_w1": torch.full((2, 2), 2.0),
     }
-    assert sizes(weights) == {"transformer_blocks.3": pytest.approx(2.5), "transformer_blocks.11": pytest.approx(2.0)}
+    assert block_sizes(weights) == {"transformer_blocks.3": pytest.approx(2.5), "transformer_blocks.11": pytest.approx(2.0)}
     assert block_of("context_embedder.lora_A.weight") == "context_embedder"
     some = {name: torch.nn.Parameter(value) for name, value in weights.items()}
     assert worst_block(some) == ""

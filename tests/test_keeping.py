@@ -293,7 +293,7 @@ def test_the_mirror_is_a_run_that_resumes(bench: Workbench, tmp_path: Path) -> N
     trainer = bench.trainer(**PLAIN, checkpoint_step_interval=2, checkpoints_total_limit=2, mirror_to=str(tmp_path / "away"))
     for _ in drive(trainer, until=7):
         pass
-    said = trainer._mirror.news(wait=True) if trainer._mirror else []
+    said = trainer._saver.news(wait=True)
     said += [r["text"] for r in trainer.folder.read_history() if r["type"] == "notice"]
     assert [step for step in (2, 4, 6) if any(text.startswith(f"step {step} is whole at ") for text in said)] == [2, 4, 6]
     copy = tmp_path / "away" / trainer.folder.path.name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,10 +118,10 @@ def test_an_update_obeys_mask_and_rule() -> None:
     """The engine hands both on: the loss of a half mask is that of the half, and with mask_normalise off half of that."""
 
     class Half:
-        def placements(self, k: int) -> tuple[Any, ...]:
-            return (SimpleNamespace(),)
+        def ids(self, k: int) -> tuple[str, ...]:
+            return ("x",)
 
-        def __getitem__(self, k: int) -> Batch:
+        def part(self, k: int, places: range) -> Batch:
             latent, mask = torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2)
             latent[:, :, 0], mask[:, 0] = 3.0, 1.0
             return Batch(("x",), latent, torch.zeros(1, 1, 1), torch.zeros(1, 1), mask_BHW=mask)

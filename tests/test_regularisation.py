@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,13 +31,13 @@ class Mixed:
     def __init__(self, kinds: str = "lr") -> None:
         self.kinds = kinds
 
-    def placements(self, k: int) -> tuple[Any, ...]:
-        return (SimpleNamespace(), SimpleNamespace())
+    def ids(self, k: int) -> tuple[str, ...]:
+        return (f"{k}a", f"{k}b")
 
-    def __getitem__(self, k: int) -> Batch:
-        latent = torch.arange(32.0).reshape(2, 4, 2, 2) / 10
-        kind = self.kinds[k % len(self.kinds)]
-        return Batch((f"{k}a", f"{k}b"), latent, torch.zeros(2, 1, 1), torch.zeros(2, 1), regularisation=kind == "r")
+    def part(self, k: int, places: range) -> Batch:
+        latent = torch.arange(32.0).reshape(2, 4, 2, 2)[list(places)] / 10
+        ids, texts = tuple(self.ids(k)[i] for i in places), torch.zeros(len(places), 1, 1)
+        return Batch(ids, latent, texts, texts[:, 0], regularisation=self.kinds[k % len(self.kinds)] == "r")
 
 
 def mixed(kinds: str = "lr", **changes: Any) -> tuple[Any, Toy]:

@@ -42,6 +42,8 @@ class Plan(Shown):
     vae_batch_size: int
     text_batch_size: int
     write_batch_size: int = 128
+    processes: int = 1
+    """Processes that share each batch; ``batch_size`` is that of one."""
     left_out: tuple[Problem, ...] = ()
     warnings: tuple[Problem, ...] | None = None
     """What should be looked at (near-duplicates, blur); ``None`` until the cache builder has looked."""
@@ -65,8 +67,8 @@ class Plan(Shown):
         return (cut for placement in (*self.train, *self.evaluation) for cut in placement.variants)
 
     def batch_size_of(self, dataset: Dataset) -> int:
-        """Images of one forward pass of a data set."""
-        return dataset.train_batch_size or self.batch_size
+        """Images of one batch of a data set, of all processes together."""
+        return (dataset.train_batch_size or self.batch_size) * self.processes
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -161,7 +163,7 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
         train=tuple(train), evaluation=tuple(evaluation), texts=(), catalog=catalog,
         batch_size=config.data.train_batch_size, accumulation=config.data.gradient_accumulation_steps, steps=0,
         cache_dir=config.run.cache_dir, vae_batch_size=config.data.vae_batch_size, text_batch_size=config.data.text_encoder_batch_size,
-        write_batch_size=config.data.write_batch_size, left_out=tuple(left_out),
+        write_batch_size=config.data.write_batch_size, processes=config.run.num_processes or 1, left_out=tuple(left_out),
     )  # fmt: skip
     if config.data.allow_dataset_oversubscription:
         made = oversubscribed(made)

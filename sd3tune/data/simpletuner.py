@@ -37,7 +37,10 @@ NOT_NEEDED = {
     "data_backend_config": "datasets.yaml is named on the command line",
     "resume_from_checkpoint": "sd3tune train --resume RUN",
     "trainer_extra_args": "its settings are listed here one by one",
-    "num_processes": "one process in this version",
+    **dict.fromkeys(
+        ("accelerate_config", "deepspeed_config", "fsdp_enable"),
+        "several GPUs need no file of their own: num_processes, and torchrun; an adapter's state is too small to be split",
+    ),
     "disable_benchmark": "there is none; the base model's pictures are the grid's first row",
     "aspect_bucket_rounding": "shapes count to two decimals",
 }

@@ -26,6 +26,7 @@ def sentence(plan: Plan, seconds_per_update: float | None) -> str:
     """What the run will do, in one sentence."""
     pictures = len({p.item.path for p in plan.train})
     batch = f"batch {plan.batch_size}" + (f" x {plan.accumulation}" if plan.accumulation > 1 else "")
+    batch += f" x {plan.processes} processes" if plan.processes > 1 else ""
     counts = [count * len(plan.train) / pictures for count in _mean_appearances(plan)]
     text = (
         f"{pictures} images, {batch}: {number(plan.updates_per_epoch)} updates per epoch, {plan.steps:,} updates = "
@@ -125,7 +126,7 @@ def difference(old: Plan, new: Plan) -> str:
     for name, was, is_now in (
         ("updates", old.steps, new.steps),
         ("updates per epoch", old.updates_per_epoch, new.updates_per_epoch),
-        ("batch", old.batch_size * old.accumulation, new.batch_size * new.accumulation),
+        ("batch", old.batch_size * old.accumulation * old.processes, new.batch_size * new.accumulation * new.processes),
         ("images", len({p.item.path for p in old.train}), len({p.item.path for p in new.train})),
     ):
         if was != is_now:

@@ -89,6 +89,10 @@ class Batches:
         epoch, position = divmod(k - phase.start, phase.length)
         return self._epoch(phase.epoch - 1 + epoch, phase.datasets)[position]
 
+    def ids(self, k: int) -> tuple[str, ...]:
+        """The pictures of batch ``k``."""
+        return tuple(placement.item.id for placement in self.placements(k))
+
     def dropped(self, k: int) -> tuple[bool, ...]:
         """Which images of batch ``k`` are seen without their caption."""
         placements = self.placements(k)
@@ -106,14 +110,19 @@ class Batches:
 
     def __getitem__(self, k: int) -> Batch:
         """Batch ``k`` from the cache. Raises: CacheError."""
-        batch = load(self._cache, list(zip(self.placements(k), self.captions(k), strict=True)))
+        return self.part(k, range(len(self.placements(k))))
+
+    def part(self, k: int, places: range) -> Batch:
+        """The images at some places (at least one) of batch ``k``: the same rows as those of the whole. Raises: CacheError."""
+        placements, captions = self.placements(k), self.captions(k)
+        batch = load(self._cache, [(placements[place], captions[place]) for place in places])
         if batch.mask_BHW is not None and self._masked < 1:
-            draws_B = torch.stack([torch.rand((), generator=generator(self._seed, k, 10, place)) for place in range(len(batch.ids))])
+            draws_B = torch.stack([torch.rand((), generator=generator(self._seed, k, 10, place)) for place in places])
             batch = replace(batch, mask_BHW=torch.where((draws_B < self._masked)[:, None, None], batch.mask_BHW, 1))
         if not self._sampled:
             return batch
-        deviation_BCHW = torch.stack([self._cache.moments(placement)[1] for placement in self.placements(k)])
-        drawn_BCHW = noise(batch.latent_BCHW.shape, seed=self._seed, k=k, purpose=7).to(deviation_BCHW.dtype)
+        deviation_BCHW = torch.stack([self._cache.moments(placements[place])[1] for place in places])
+        drawn_BCHW = noise(batch.latent_BCHW.shape, seed=self._seed, k=k, purpose=7, places=places).to(deviation_BCHW.dtype)
         return replace(batch, latent_BCHW=batch.latent_BCHW + deviation_BCHW * drawn_BCHW)
 
 
@@ -132,6 +141,8 @@ def load(cache: Cache, rows: list[tuple[Placement, str]]) -> Batch:
     )  # fmt: skip
 
 
-def noise(shape: torch.Size, *, seed: int, k: int, purpose: int = 2) -> Tensor:
-    """Noise B C H W of batch ``k``, drawn image by image on the CPU, so that splitting a batch does not change it."""
-    return torch.stack([torch.randn(shape[1:], generator=generator(seed, k, purpose, place)) for place in range(shape[0])])
+def noise(shape: torch.Size, *, seed: int, k: int, purpose: int = 2, places: range | None = None) -> Tensor:
+    """Noise B C H W of batch ``k`` (of the images at some places of it), drawn image by image on the CPU, so that splitting a batch
+    does not change it."""
+    rows = range(shape[0]) if places is None else places
+    return torch.stack([torch.randn(shape[1:], generator=generator(seed, k, purpose, place)) for place in rows])

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sd3tune.errors import CheckpointError, TrainingError
+from sd3tune.processes import Processes
 from sd3tune.records import StepRecord
 from sd3tune.training import flow
 from sd3tune.training.batches import Batches, fold
-from sd3tune.training.guard import RECENT, Guard, GuardError, Refusal, due, sizes, suspects, worst_block
-from sd3tune.training.objective import Part, forward, mean_loss, share_of_nothing
+from sd3tune.training.guard import RECENT, Guard, GuardError, Refusal, block_sizes, due, suspects, worst_block
+from sd3tune.training.objective import ALONE, Part, forward, mean_loss, measured, share_of_nothing, with_measured
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
 from sd3tune.training.peak import peak_memory
 from sd3tune.training.rules import Rules
@@ -43,8 +44,9 @@ class Engine:
 
     def __init__(
         self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules,
-        prior: flow.Velocity | None = None,
+        prior: flow.Velocity | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
+        self.processes = processes
         self.velocity, self.weights, self.batches, self.rules, self.prior = velocity, dict(weights), batches, rules, prior
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
@@ -72,7 +74,7 @@ class Engine:
             self.guard.began = self._beginning()
         self._look(number)
         indices = range(number * rules.accumulation, (number + 1) * rules.accumulation)
-        images = sum(len(self.batches.placements(k)) for k in indices)
+        images = sum(len(self.batches.ids(k)) for k in indices)
         parts, grad_norm = self._gradient(indices, images, most)
         while not math.isfinite(grad_norm) and self._scale > 1:  # an overflow of fp16: the same batches again, multiplied by less
             self._scale, self._calm = self._scale / 2, 0
@@ -144,7 +146,7 @@ class Engine:
         """Look at the adapter itself, every few updates; remember it while it is well. Raises: GuardError."""
         if not due(self.updates):
             return
-        found = sizes(self.weights)
+        found = block_sizes(self.weights)
         block, why = self.guard.grown(found)
         if why:
             self._refuse(Refusal(self.updates + 1, number, why, (), (), block, True))
@@ -159,16 +161,30 @@ class Engine:
         raise GuardError(refusal)
 
     def _gradient(self, indices: range, images: int, most: float) -> tuple[list[Part], float]:
-        """The gradient of the mean loss over some batches, clipped; its norm before that."""
+        """The gradient of the mean loss over some batches, summed over the processes and clipped; its norm before that."""
         self._optimizer.zero_grad(set_to_none=True)
+        own = (self.processes.rank,) if self.processes.rank else ()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold(self.rules.seed, indices[0], 3))  # adapter dropout draws from torch's own generator
-            parts = [self._backward(k, images) for k in indices]
+            torch.manual_seed(fold(self.rules.seed, indices[0], 3, *own))  # adapter dropout draws from torch's own generator
+            parts = self._summed([self._backward(k, images) for k in indices])
         if self._scale != 1:
             for weight in self.weights.values():
                 if weight.grad is not None:
                     weight.grad.div_(self._scale)
         return parts, clip(self.weights, most, self.rules.clip_method)
+
+    def _summed(self, parts: list[Part]) -> list[Part]:
+        """Gradients and measured losses of all processes together: one sum of one flat tensor."""
+        if self.processes.count == 1:
+            return parts
+        weights = list(self.weights.values())
+        gradients = [(torch.zeros_like(w) if w.grad is None else w.grad).float().flatten() for w in weights]
+        total = self.processes.sum(torch.cat([*gradients, measured(parts)]))
+        sizes = [w.numel() for w in weights]
+        *sums, row = torch.split(total, [*sizes, total.numel() - sum(sizes)])
+        for weight, gradient in zip(weights, sums, strict=True):
+            weight.grad = gradient.view_as(weight).to(weight.dtype)
+        return with_measured(parts, row)
 
     def _follow(self, step: int) -> None:
         """What comes after the optimizer: the average of the weights, and a larger scale after a calm stretch."""
@@ -194,7 +210,8 @@ class Engine:
     def _backward(self, k: int, images: int) -> Part:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
         loss, part = self._forward(k)
-        (loss / images * self._scale).backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not where this process has no image of the batch
+            (loss / images * self._scale).backward()  # type: ignore[no-untyped-call]
         return part
 
     @torch.no_grad()
@@ -202,11 +219,12 @@ class Engine:
         """The loss of some batches before anything is learned, as a share of what predicting nothing costs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(self.rules.seed, 0, 9))
-            loss, nothing = share_of_nothing([self._forward(k)[1] for k in range(RECENT)])
+            parts = [self._forward(k)[1] for k in range(RECENT)]
+        loss, nothing = share_of_nothing(with_measured(parts, self.processes.sum(measured(parts))))
         return loss / nothing
 
     def _forward(self, k: int) -> tuple[Tensor, Part]:
-        return forward(k, self.batches, self.rules, velocity=self.velocity, prior=self.prior, device=self._device)
+        return forward(k, self.batches, self.rules, velocity=self.velocity, prior=self.prior, device=self._device, processes=self.processes)
 
     @contextmanager
     def judged(self) -> Iterator[None]:

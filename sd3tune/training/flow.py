@@ -101,7 +101,8 @@ def weight(sigma_B: Tensor, scheme: str) -> Tensor:
     """How much an image counts by its noise level, 1 on average over uniform levels; ``none`` is 1 throughout.
 
     ``cosmap`` is 2 / (pi (1 - 2 sigma + 2 sigma^2)), ``mode`` the density of f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u) for uniform u.
-    Source: Esser et al. 2024 (arXiv:2403.03206), section 3.1, where they are densities to draw from. Raises: ValueError.
+    ``sigma_squared`` is 3 sigma^2: the error of the picture that a velocity implies. Source: Esser et al. 2024 (arXiv:2403.03206),
+    section 3.1, where the first two are densities to draw from; diffusers' train_dreambooth_lora_sd3.py. Raises: ValueError.
     """
     if scheme == "none":
         return torch.ones_like(sigma_B)
@@ -109,6 +110,8 @@ def weight(sigma_B: Tensor, scheme: str) -> Tensor:
         return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B.square()))
     if scheme == "mode":
         return 1 / (1 + MODE_SCALE * (1 - math.pi / 2 * torch.sin(math.pi * _mode_inverse(sigma_B))))
+    if scheme == "sigma_squared":
+        return 3 * sigma_B.square()
     raise ValueError(f"unknown weighting {scheme!r}")
 
 

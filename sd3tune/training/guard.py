@@ -141,7 +141,7 @@ def _norms(values: Sequence[Tensor]) -> list[float]:
     return torch.stack(torch._foreach_norm([value.detach().float() for value in values])).tolist()
 
 
-def sizes(weights: Mapping[str, Tensor]) -> dict[str, float]:
+def block_sizes(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """Root mean square of each block's adapter weights. One wait for the device."""
     total: dict[str, tuple[float, int]] = {}
     for (name, weight), norm in zip(weights.items(), _norms(list(weights.values())), strict=True):

@@ -6,20 +6,24 @@ Shapes: B images, C latent channels, H x W latent pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sd3tune.errors import TrainingError
+from sd3tune.processes import Processes
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import Batch, Batches, generator, noise
 from sd3tune.training.rules import Rules
 
+ALONE = Processes()
+"""One process."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured of one batch."""
+    """What was measured of one batch; ``loss_B`` and ``nothing_B`` are 0 for images of other processes until all are summed."""
 
     ids: tuple[str, ...]
     sigma_B: Tensor
@@ -41,20 +45,42 @@ def share_of_nothing(parts: Sequence[Part]) -> tuple[float, float]:
     return float(loss_B.mean()), float(nothing_B.mean())
 
 
+def measured(parts: Sequence[Part]) -> Tensor:
+    """All that was measured, in one row."""
+    return torch.cat([part.loss_B for part in parts] + [part.nothing_B for part in parts])
+
+
+def with_measured(parts: Sequence[Part], row: Tensor) -> list[Part]:
+    """Undo `measured`."""
+    sizes = [len(part.ids) for part in parts]
+    values = torch.split(row, [*sizes, *sizes])
+    losses, nothings = values[: len(parts)], values[len(parts) :]
+    return [replace(part, loss_B=loss_B, nothing_B=n_B) for part, loss_B, n_B in zip(parts, losses, nothings, strict=True)]
+
+
 def forward(
-    k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device
-) -> tuple[Tensor, Part]:
-    """The sum of the weighted losses of batch ``k``, and what was measured of it. Raises: TrainingError."""
-    batch = batches[k]
-    shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
-    sigma_B = sigmas.draw(
-        shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
+    k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device,
+    processes: Processes = ALONE,
+) -> tuple[Tensor, Part]:  # fmt: skip
+    """The sum of the weighted losses of this process's images of batch ``k``, and what was measured of it. Raises: TrainingError."""
+    ids = batches.ids(k)
+    places = processes.places(len(ids))
+    batch = batches.part(k, places or range(1))
+    factor = sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
+    whole_B = sigmas.draw(
+        len(ids), scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
         offset=batch.sigma_offset, spread=rules.spread, k=k,
     )  # fmt: skip
+    zero_B = torch.zeros(len(ids), device=device)
+    part = Part(ids, whole_B, zero_B, zero_B, batch.regularisation)
+    if not places:
+        return torch.zeros((), device=device), part
+    sigma_B = whole_B[list(places)]
+    shape = batch.latent_BCHW.shape
     latent_BCHW = batch.latent_BCHW.float().to(device)
-    noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(device), None
+    noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k, places=places).to(device), None
     if rules.perturbation:
-        extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(device)
+        extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8, places=places).to(device)
     loss_B = flow.loss(
         velocity, latent_BCHW, batch.joint_BLD.to(device), batch.pooled_BP.to(device),
         sigma_B=sigma_B.to(device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
@@ -65,7 +91,11 @@ def forward(
     if batch.regularisation:
         weighted_B = rules.regularisation_weight * weighted_B
     nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
-    return weighted_B.sum(), Part(batch.ids, sigma_B, loss_B.detach(), nothing_B, batch.regularisation)
+    if len(places) == len(ids):
+        return weighted_B.sum(), replace(part, loss_B=loss_B.detach(), nothing_B=nothing_B)
+    at = torch.tensor(list(places), device=device)
+    own = replace(part, loss_B=zero_B.index_copy(0, at, loss_B.detach()), nothing_B=zero_B.index_copy(0, at, nothing_B))
+    return weighted_B.sum(), own
 
 
 def _prior_of(batch: Batch, prior: flow.Velocity | None) -> flow.Velocity | None:

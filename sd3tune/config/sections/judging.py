@@ -64,4 +64,12 @@ class Run:
     disk_low_threshold: Annotated[
         float, about("Space that saving leaves free; with less, the run waits until there is room.", low=0, high=10_000, unit="GB")
     ] = 0.2
+    num_processes: Annotated[
+        int | None,
+        about(
+            "Processes that train together, each with train_batch_size pictures; as many as torchrun started when left out.",
+            low=1,
+            high=4096,
+        ),
+    ] = None
     cache_dir: Annotated[str, about("Folder of encoded pictures and texts; may be shared by all runs.")] = "cache"

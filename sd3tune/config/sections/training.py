@@ -80,7 +80,10 @@ class Objective:
     ] = "l2"
     huber_c: Annotated[float, about("Error from which huber and smooth_l1 grow like |e| and no longer like e^2.", above=0, high=100)] = 0.1
     loss_weighting: Annotated[
-        Literal["none", "cosmap", "mode"], about("Weight of a noise level in the gradient, by the formulas of the SD3 paper.")
+        Literal["none", "cosmap", "mode", "sigma_squared"],
+        about(
+            "Weight of a noise level in the gradient: two formulas of the SD3 paper, or the error of the picture, as diffusers' example."
+        ),
     ] = "none"
     input_perturbation: Annotated[float, about("Extra noise that the model sees and need not find, as a share.", low=0, high=1)] = 0.0
     mask_normalise: Annotated[

@@ -1,0 +1,74 @@
+"""What is said about an adapter on the way: the loss on held-out pictures, and pictures of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sd3tune.cache import Cache
+from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.records import EvalRecord, Record
+from sd3tune.run_folder import RunFolder
+from sd3tune.training.engine import Engine
+from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.validator import Validator, grid_of
+
+
+class Judge:
+    """Looks at the adapter that an engine trains and changes nothing of it."""
+
+    def __init__(self, engine: Engine, transformer: Any, network: Any, cache: Cache, device: torch.device) -> None:
+        self._engine, self._transformer, self._network, self._cache, self._device = engine, transformer, network, cache, device
+        self._validator = Validator(transformer, cache, device)
+
+    def check_layers(self, config: RunConfig) -> None:
+        """Raises: ConfigError when skip-layer guidance names a block that this model does not have."""
+        depth = self._transformer.config.num_layers
+        wrong = [n for n in config.validation.validation_guidance_skip_layers or () if n >= depth]
+        if wrong:
+            raise ConfigError([f"validation_guidance_skip_layers: {wrong} is beyond this model's blocks, 0 to {depth - 1}"])
+
+    def evaluate(self, config: RunConfig) -> EvalRecord:
+        """The loss on the held-out pictures, with fixed noise and noise levels. Raises: TrainingError when there are none."""
+        engine, plan = self._engine, self._cache.plan
+        if not plan.evaluation:
+            raise TrainingError("there are no held-out pictures; add a data set with dataset_type: eval")
+        levels = evaluation_levels(engine.rules, plan.evaluation, config.evaluation.eval_timesteps)
+        with self._evaluating():
+            return evaluation_loss(engine.velocity, self._cache, sigmas=levels, device=self._device, step=engine.updates)
+
+    def draw(self, config: RunConfig, folder: RunFolder) -> Iterator[Record]:
+        """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
+        with self._evaluating(config.validation.validation_lycoris_strength):
+            yield from self._validator.draw(config, folder, self._engine.updates)
+        self.grid(config, folder).save(folder.grid)
+
+    def grid(self, config: RunConfig, folder: RunFolder) -> Grid:
+        """The newest pictures under the base model's, over the real ones."""
+        drawn = sorted(int(p.name.removeprefix("step-")) for p in folder.images(0).parent.glob("step-*"))
+        drawn = [step for step in drawn if step <= self._engine.updates]
+        return grid_of(config, folder, self._cache, sorted({*drawn[:1], *drawn[-1:]}))
+
+    @contextmanager
+    def _evaluating(self, strength: float = 1.0) -> Iterator[None]:
+        """The model in evaluation mode (no adapter dropout), with a share of a LyCORIS adapter's change, for the duration of the block."""
+        models = [self._transformer, *([self._network] if self._network is not None else [])]
+        layers = [] if self._network is None or strength == 1 else self._network.loras
+        before = [layer.multiplier for layer in layers]
+        for model in models:
+            model.eval()
+        for layer in layers:
+            layer.multiplier = strength * layer.multiplier
+        try:
+            with self._engine.judged():
+                yield
+        finally:
+            for model in models:
+                model.train()
+            for layer, multiplier in zip(layers, before, strict=True):
+                layer.multiplier = multiplier

@@ -1,0 +1,128 @@
+"""Runs in processes of their own, started from a notebook and followed by what they write.
+
+A kernel that has touched the GPU cannot be forked, which is what accelerate's notebook_launcher does; torchrun starts clean processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sd3tune.config.schema import RunConfig
+from sd3tune.errors import TrainingError
+from sd3tune.files import write_text
+from sd3tune.records import Record, StepRecord, of_row
+from sd3tune.run_folder import RunFolder
+
+POLL = 0.25
+"""Seconds between two looks at a history."""
+
+
+class Launched:
+    """A run in other processes: iterate over its records, ``stop`` it, ``wait`` for it. Leaving the notebook does not end it.
+
+    It has what a progress line asks of a trainer: ``run``, ``steps_done``, ``total``.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self.output = Path(tempfile.mkdtemp(prefix="sd3tune-launch-")) / "output.txt"
+        with self.output.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.steps_done, self.total = 0, 0
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run folder, once there is one."""
+        found = re.search(r"^run folder: (.+)$", self._said(), re.M)
+        return RunFolder(Path(found[1])) if found else None
+
+    @property
+    def running(self) -> bool:
+        """Whether its processes are at it."""
+        return self._process.poll() is None
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.run()
+
+    def run(self, n: int | None = None) -> Iterator[Record]:
+        """Every record as it is written (up to ``n`` updates), until the run ends. Raises: TrainingError when it fails."""
+        seen, last = 0, None if n is None else self.steps_done + n
+        while last is None or self.steps_done < last:
+            over = not self.running
+            rows = self._rows()
+            for row in rows[seen:]:
+                record = of_row(row)
+                if isinstance(record, StepRecord):
+                    self.steps_done = record.step
+                if record is not None:
+                    yield record
+            seen = len(rows)
+            if over:
+                self.wait()
+                return
+            time.sleep(POLL)
+
+    def stop(self) -> None:
+        """Ask it to save and stop before its next update."""
+        if self.folder is not None and self.running:
+            write_text(self.folder.path / "STOP", "")
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for its end. Raises: TrainingError with its last words when it failed; subprocess.TimeoutExpired."""
+        code = self._process.wait(timeout)
+        if code:
+            words = [line for line in self._said().splitlines() if line.strip()][-12:]
+            raise TrainingError(f"the launched run ended with exit code {code}; all it said is in {self.output}\n  " + "\n  ".join(words))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Whole lines of the history, oldest first, as they were written."""
+        if self.folder is None or not self.folder.history.exists():
+            return []
+        if not self.total:
+            self.total = _steps(self.folder)
+        whole = self.folder.history.read_bytes().rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+
+    def _said(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+def _steps(folder: RunFolder) -> int:
+    try:
+        return int(json.loads(folder.manifest.read_text())["updates"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def launch(run: str | Path, data: str | Path = "datasets.yaml", *, processes: int | None = None, **settings: Any) -> Launched:
+    """Start a run file in clean processes, by torchrun when there are several: one for each GPU unless ``processes`` or the file says.
+
+    Raises: ConfigError for what is wrong with file and settings, before anything is started.
+    """
+    config = RunConfig.load(run).replace(**settings)
+    count = processes or config.run.num_processes or _gpus()
+    arguments = ["-m", "sd3tune", "train", str(run), "--data", str(data), "--set", f"num_processes={count}"]
+    for name, value in settings.items():
+        arguments += ["--set", f"{name}={json.dumps(value)}"]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+    return Launched([sys.executable, *several, *arguments])
+
+
+def _gpus() -> int:
+    """How many GPUs there are, asked without touching them; 1 when there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 1
+    return max(1, listed.count("GPU "))

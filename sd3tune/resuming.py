@@ -1,0 +1,61 @@
+"""What a run folder holds for a run that goes on: its settings, its newest whole checkpoint, and its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3tune.assembly import plan_digest, rebuild_cache
+from sd3tune.cache import Cache
+from sd3tune.config.schema import RunConfig
+from sd3tune.errors import CheckpointError
+from sd3tune.processes import Processes
+from sd3tune.run_folder import RunFolder, step_of
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """All that a trainer needs to go on."""
+
+    folder: RunFolder
+    config: RunConfig
+    cache: Cache
+    state: dict[str, Any]
+
+
+def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumable:
+    """Read the folder of a run, or of one of its checkpoints; the main process reads the checkpoint for all.
+
+    Raises: CheckpointError when there is none, or when pictures or captions are no longer the same.
+    """
+    path = Path(run).absolute()
+    step = step_of(path) if path.parent.name == "checkpoints" else None
+    folder = RunFolder(path if step is None else path.parent.parent)
+    if not folder.config.exists():
+        raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
+    state = processes.by_main(lambda: folder.read_checkpoint(step))
+    config = shared_out(RunConfig.load(folder.config), processes.count)
+    cache = cache or rebuild_cache(folder, config, processes)
+    if state["plan"] != plan_digest(cache.plan):
+        raise CheckpointError(
+            f"{folder.path}: the pictures, captions or batch settings are not those of the run; put them back to resume it, "
+            "or start a new run"
+        )
+    live = {k: tuple(v) if isinstance(v, list) else v for k, v in state["live"].items()}
+    if live.get("max_train_steps") is not None:
+        live["num_train_epochs"] = None
+    return Resumable(folder, config.replace(**live), cache, state)
+
+
+def shared_out(config: RunConfig, count: int) -> RunConfig:
+    """The same batches for another number of processes. Raises: CheckpointError when they cannot be shared out evenly."""
+    before = config.run.num_processes or 1
+    if before == count:
+        return config
+    images = config.data.train_batch_size * before
+    if images % count:
+        raise CheckpointError(
+            f"the run has batches of {images} pictures, which {count} processes cannot share out evenly; start {before} as before"
+        )
+    return config.replace(num_processes=count, train_batch_size=images // count)

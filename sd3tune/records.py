@@ -151,4 +151,5 @@ def of_row(row: Mapping[str, Any]) -> Record | None:
     if kind is None:
         return None
     names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in names})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in names}
+    return kind(**values)

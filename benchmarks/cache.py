@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 
 import sd3tune as st
 from sd3tune import playground
-from sd3tune.cache.decoding import cut
 from sd3tune.cache.conditioning import Conditioning
+from sd3tune.cache.decoding import cut
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.cache.store import Entry, Store
 from sd3tune.data import Dataset

@@ -97,6 +97,7 @@ class Trainer:
             self.transformer,
             weights,
             self.engine.rules,
+            batches,
             truncated=cut_off,
             seconds_per_update=self.engine.seconds_per_update(),
             advice=tuple(map(str, advice(config))),

@@ -34,6 +34,13 @@ class Conditioning:
     clip: Unconditional = "empty_string"
     t5: Unconditional = "empty_string"
 
+    def __str__(self) -> str:
+        read = (
+            f"T5 of {self.length} tokens, pads {'as T5 makes them' if self.padding == 'unmodified' else 'zero'}" if self.use_t5 else "no T5"
+        )
+        said = {"empty_string": "that of the empty text", "zero": "zeros"}
+        return f"{read}; for no text CLIP gives {said[self.clip]}, T5 {said[self.t5]}"
+
     def states(self, words: Words, stored: Callable[[str], TextStates]) -> TextStates:
         """The states of a text; ``stored`` looks up what the encoders gave for one. Its tensors are not changed."""
         import torch

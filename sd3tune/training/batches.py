@@ -18,6 +18,7 @@ from torch import Tensor
 from sd3tune.cache.conditioning import Words
 from sd3tune.cache.reading import Cache
 from sd3tune.data.buckets import Placement
+from sd3tune.data.datasets import Dataset
 from sd3tune.data.planning import Plan
 from sd3tune.data.timeline import phase_of
 
@@ -93,26 +94,27 @@ class Batches:
         epoch, position = divmod(k - phase.start, phase.length)
         return self._epoch(phase.epoch - 1 + epoch, phase.datasets)[position]
 
+    def dropout_rates(self, dataset: Dataset) -> tuple[float, float]:
+        """The share of a data set's captions that no encoder reads, and that a single one does not read.
+
+        Apart, the second is the cube root of the first. Source: Esser et al. 2024 (arXiv:2403.03206), 46.4 % for each encoder.
+        """
+        rate = self._dropout if dataset.caption_dropout is None else dataset.caption_dropout
+        return rate, rate ** (1 / 3) if self._apart else rate
+
     def dropped(self, k: int) -> tuple[bool, ...]:
         """Which images of batch ``k`` are seen without their caption by every encoder."""
         return tuple(map(all, self.dropped_by_encoder(k)))
 
     def dropped_by_encoder(self, k: int) -> tuple[tuple[bool, bool, bool], ...]:
-        """For each image of batch ``k`` whether CLIP-L, CLIP-G and T5 are without its caption.
-
-        Apart, each is so with the cube root of the probability, which leaves that for all three. Source: Esser et al. 2024
-        (arXiv:2403.03206), 46.4 % of each.
-        """
+        """For each image of batch ``k`` whether CLIP-L, CLIP-G and T5 are without its caption: all or none of them, or each by itself."""
         placements = self.placements(k)
-        own = (p.item.dataset.caption_dropout for p in placements)
-        rate_B = torch.tensor([self._dropout if rate is None else rate for rate in own], dtype=torch.float64)
         if self._apart:
             draws_B3 = torch.stack([torch.rand(3, generator=generator(self._seed, k, 20, place)) for place in range(len(placements))])
-            dropped_B3 = draws_B3 < (rate_B ** (1 / 3))[:, None]
         else:
-            draws_B = torch.rand(len(placements), generator=generator(self._seed, k, 1))
-            dropped_B3 = (draws_B < rate_B)[:, None].expand(-1, 3)
-        return tuple((of_l, of_g, of_t5) for of_l, of_g, of_t5 in dropped_B3.tolist())
+            draws_B3 = torch.rand(len(placements), generator=generator(self._seed, k, 1))[:, None].expand(-1, 3)
+        rate_B = torch.tensor([self.dropout_rates(p.item.dataset)[1] for p in placements], dtype=torch.float64)
+        return tuple((of_l, of_g, of_t5) for of_l, of_g, of_t5 in (draws_B3 < rate_B[:, None]).tolist())
 
     def captions(self, k: int) -> tuple[Words, ...]:
         """The text of each image of batch ``k``: one of its captions, the empty one, or one for each encoder where some are without."""

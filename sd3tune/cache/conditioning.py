@@ -35,9 +35,8 @@ class Conditioning:
     t5: Unconditional = "empty_string"
 
     def __str__(self) -> str:
-        read = (
-            f"T5 of {self.length} tokens, pads {'as T5 makes them' if self.padding == 'unmodified' else 'zero'}" if self.use_t5 else "no T5"
-        )
+        pads = "as T5 makes them" if self.padding == "unmodified" else "zero"
+        read = f"T5 of {self.length} tokens, pads {pads}" if self.use_t5 else "no T5"
         said = {"empty_string": "that of the empty text", "zero": "zeros"}
         return f"{read}; for no text CLIP gives {said[self.clip]}, T5 {said[self.t5]}"
 

@@ -54,9 +54,8 @@ def expected(cache: Cache, caption: str, dropped: tuple[bool, ...], clip: str, t
     """The same from the stored states of the caption and of the empty text, encoder by encoder."""
     full, empty = (parts(*(rows[0] for rows in joined([cache.states(text)]))) for text in (caption, ""))
     found = {"beyond": torch.zeros(CLIP, 32)}
-    for name, drop, what in zip(
-        ("l", "g", "t5", "pooled l", "pooled g"), (*dropped, *dropped[:2]), (clip, clip, t5, clip, clip), strict=True
-    ):
+    names, policies = ("l", "g", "t5", "pooled l", "pooled g"), (clip, clip, t5, clip, clip)
+    for name, drop, what in zip(names, (*dropped, *dropped[:2]), policies, strict=True):
         found[name] = full[name] if not drop else torch.zeros_like(full[name]) if what == "zero" else empty[name]
     return found
 
@@ -234,7 +233,7 @@ def test_training_evaluation_and_validation_give_the_same(bench: Workbench, leng
     trainer = bench.trainer(
         tokenizer_max_length=length, t5_padding=padding, sd3_clip_uncond_behaviour=clip, sd3_t5_uncond_behaviour=t5,
         caption_dropout_mode="per_encoder", caption_dropout_probability=0.3, validation_num_inference_steps=1, validation_prompt=("lock",),
-        train_batch_size=4, gradient_accumulation_steps=2, eval_timesteps=1,
+        train_batch_size=2, gradient_accumulation_steps=2, eval_timesteps=1, num_eval_images=2, lora_rank=2,
     )  # fmt: skip
     cache, batches = trainer.cache, trainer.engine.batches
     with given_to(trainer.transformer) as training:
@@ -300,7 +299,7 @@ def test_pictures_with_zeros_are_stock_pictures(bench: Workbench, stock: Any, tm
     )  # fmt: skip
     list(run.validation())
     (drawn, _), *_ = draw(run.config, ["lock"], tmp_path / "class", 1)
-    positive, negative, pooled, negative_pooled = stock.encode_prompt("lock", None, None, max_sequence_length=16)
+    (positive, pooled), (negative, negative_pooled) = (joined([run.cache.states(text)]) for text in ("lock", ""))
     if clip == "zero":
         negative[:, :CLIP], negative_pooled[:] = 0, 0
     if t5 == "zero":
@@ -310,11 +309,10 @@ def test_pictures_with_zeros_are_stock_pictures(bench: Workbench, stock: Any, tm
         generator=torch.Generator().manual_seed(3), num_inference_steps=4, guidance_scale=4.0, width=64, height=64,
         skip_guidance_layers=list(layers) if layers else None, skip_layer_guidance_stop=0.9,
     ).images[0]  # fmt: skip
-    for path in (run.folder.images(0) / "00.png", drawn):
-        with Image.open(path) as found:
-            assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
-    with Image.open(run.folder.images(0) / "00.png") as one, Image.open(drawn) as other:
-        assert one.tobytes() == other.tobytes()
+    with Image.open(run.folder.images(0) / "00.png") as found:
+        assert found.tobytes() == wanted.tobytes()
+    with Image.open(drawn) as found:  # encoded apart, so that rounding may differ
+        assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
 
 
 # --- settings, manifest, files ---------------------------------------------------------------------------------------

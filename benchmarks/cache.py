@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 import sd3tune as st
 from sd3tune import playground
+from sd3tune.cache.conditioning import Conditioning
 from sd3tune.cache.decoding import cut
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.cache.store import Entry, Store
@@ -37,6 +38,7 @@ class NoEncoders:
     """Gives a small tensor for each picture and text without looking at it."""
 
     latent_fingerprint = text_fingerprint = "none"
+    conditioning = Conditioning((1, 1))
 
     @contextmanager
     def load(self) -> Iterator[NoEncoders]:
@@ -128,6 +130,7 @@ def encode(folder: Path, rounds: int, side: int) -> dict[str, Any]:
 
         class Held:
             latent_fingerprint = text_fingerprint = "held"
+            conditioning = Conditioning((1, 1))
 
             @contextmanager
             def load(self) -> Iterator[Any]:

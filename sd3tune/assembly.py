@@ -17,7 +17,7 @@ from sd3tune.data.buckets import LATENT_FACTOR
 from sd3tune.data.catalog import from_datasets
 from sd3tune.data.datasets import dataset_of
 from sd3tune.data.planning import Plan, plan
-from sd3tune.errors import CheckpointError, DataError
+from sd3tune.errors import CheckpointError, ConfigError, DataError
 from sd3tune.files import digest
 from sd3tune.models import adapters, components, encoders, lycoris_adapters, starting
 from sd3tune.models.lora_files import Verified, save_lora
@@ -109,6 +109,12 @@ def check_sizes(made: Plan, model: Any) -> None:
             f"{', '.join(map(str, beyond))} px: this model knows sides of at most {most} px; lower resolution, or narrow "
             "minimum_aspect_ratio and maximum_aspect_ratio in datasets.yaml"
         )
+
+
+def check_texts(config: RunConfig, cache: Cache) -> None:
+    """Raises: ConfigError when the cache would give other texts than the configuration says, and its LoRA would say."""
+    if wrong := cache.conditioning.differs(encoders.encoders(config).conditioning):
+        raise ConfigError([f"{', '.join(wrong)}: the cache was made with another setting; build it from this configuration"], "cache")
 
 
 def plan_digest(made: Plan) -> str:

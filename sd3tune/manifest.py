@@ -15,6 +15,7 @@ from sd3tune.shown import Shown
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from sd3tune.training.batches import Batches
     from sd3tune.training.rules import Rules
 
 DRAWS = 10_000
@@ -53,6 +54,10 @@ class Manifest(Shown):
     """Data set, pictures with a mask, and the mean and the smallest share of a picture that its mask counts."""
     regularisation: tuple[tuple[str, int, float], ...] = ()
     """Data set, pictures on which the model should stay as it is, and their weight."""
+    texts: str = ""
+    """How texts reach the transformer."""
+    dropout: tuple[tuple[str, int, float, float], ...] = ()
+    """Data set, its pictures, and the share of the times seen that all encoders, and that each of them, are without the caption."""
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -66,6 +71,12 @@ class Manifest(Shown):
             f"{len(self.refused)} refused",
             f"captions  {self.captions_found} found, {self.captions_empty} empty{cut}",
             *(f'          "{caption}"' for caption in self.first_captions),
+            *([f"texts     {self.texts}"] if self.texts else []),
+            *(
+                f"dropout   {name}: {count} pictures, {rate:.1%} of the times seen without their caption "
+                + ("(joint)" if each == rate else f"(per_encoder, each encoder {each:.1%})")
+                for name, count, rate, each in self.dropout
+            ),
             "buckets   "
             + ", ".join(f"{name}: {count}" for name, count in self.buckets)
             + f"; {self.updates_per_epoch:.4g} updates per epoch",
@@ -138,6 +149,15 @@ def masks_of(cache: Cache) -> tuple[tuple[str, int, float, float], ...]:
     return tuple((name, len(pictures[name]), sum(found) / len(found), min(found)) for name, found in shares.items())
 
 
+def dropout_of(plan: Plan, batches: Batches) -> tuple[tuple[str, int, float, float], ...]:
+    """For each data set to train on: its pictures, and how often all encoders, and each of them, are without the caption."""
+    pictures: dict[str, set[Any]] = {}
+    datasets = {placement.item.dataset.id: placement.item.dataset for placement in plan.train}
+    for placement in plan.train:
+        pictures.setdefault(placement.item.dataset.id, set()).add(placement.item.path)
+    return tuple((name, len(found), *batches.dropout_rates(datasets[name])) for name, found in pictures.items())
+
+
 def regularisation_of(plan: Plan, weight: float) -> tuple[tuple[str, int, float], ...]:
     """For each regularisation data set: its pictures, and their weight."""
     pictures: dict[str, set[Any]] = {}
@@ -158,7 +178,7 @@ def count_dtypes(tensors: Iterable[Tensor]) -> str:
 
 
 def describe(
-    cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], rules: Rules, *, truncated: tuple[str, ...],
+    cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], rules: Rules, batches: Batches, *, truncated: tuple[str, ...],
     seconds_per_update: float, advice: tuple[str, ...] = (),
 ) -> Manifest:  # fmt: skip
     """Gather the manifest of a run from its cache and its loaded model."""
@@ -197,4 +217,6 @@ def describe(
         shifts=shifts_of(plan, rules),
         masks=masks_of(cache),
         regularisation=regularisation_of(plan, rules.regularisation_weight),
+        texts=str(cache.conditioning),
+        dropout=dropout_of(plan, batches),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd3tune import certificate, control, keeping, resuming
-from sd3tune.assembly import begin, check_sizes, checkpointing, plan_digest, rules_of, spec_of, write_adapter
+from sd3tune.assembly import begin, check_sizes, check_texts, checkpointing, plan_digest, rules_of, spec_of, write_adapter
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live
@@ -63,6 +63,7 @@ class Trainer:
         self.device = self.processes.device or components.pick_device()
         capabilities.require(config)
         require_optimizer(config.optimizer.optimizer, self.device)
+        check_texts(config, cache)
         self.transformer = components.load_transformer(config, self.device)
         if checkpointing(config, self.device):
             self.transformer.enable_gradient_checkpointing()
@@ -76,7 +77,7 @@ class Trainer:
         begun = begin(config, weights) if folder is None else ""
         batches = Batches(
             cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw,
-            masked_probability=config.objective.masked_loss_probability,
+            masked_probability=config.objective.masked_loss_probability, dropout_mode=config.data.caption_dropout_mode,
         )  # fmt: skip
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(
@@ -91,6 +92,7 @@ class Trainer:
             self.transformer,
             weights,
             self.engine.rules,
+            batches,
             truncated=cut_off,
             seconds_per_update=self.engine.seconds_per_update(),
             advice=tuple(map(str, advice(config))),

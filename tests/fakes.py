@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sd3tune.cache.conditioning import Conditioning
 from sd3tune.cache.states import Moments, TextStates
 
 
@@ -18,6 +19,7 @@ class Fake:
 
     def __init__(self, mark: str = "1") -> None:
         self.latent_fingerprint, self.text_fingerprint = f"vae {mark}", f"text {mark}"
+        self.conditioning = Conditioning((1, 2))
         self.loads = 0
         self.pictures: list[int] = []
         self.texts: list[tuple[str, ...]] = []

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 import numpy as np, torch
 import sd3tune as st
+from sd3tune.cache.conditioning import Conditioning
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.training.batches import Batches
 
 class Numbers:
     latent_fingerprint = text_fingerprint = "numbers"
+    conditioning = Conditioning((1, 1))
     @contextmanager
     def load(self):
         yield self

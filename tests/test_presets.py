@@ -119,6 +119,7 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("gives each its own shift", {**MEDIUM, "validation_resolution": "1024x1024,512x512"},
      {**MEDIUM, "validation_resolution": "1024x1024,512x512", "flow_schedule_auto_shift": True}),
     ("77 tokens", {**MEDIUM, "tokenizer_max_length": 77}, MEDIUM),
+    ("zeros for no text", {**MEDIUM, "sd3_t5_uncond_behaviour": "zero"}, MEDIUM),
     ("a tenth of AdamW's rate", {**MEDIUM, "optimizer": "lion"}, {**MEDIUM, "optimizer": "lion", "learning_rate": 1e-5}),
 )  # fmt: skip
 

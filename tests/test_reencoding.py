@@ -22,6 +22,8 @@ NONE, SOME, ALL = "none", "some", "all"
 SETTINGS: dict[str, tuple[Any, str, str]] = {
     "model_flavour": (None, ALL, ALL), "pretrained_model_name_or_path": ("other model", ALL, ALL),
     "mixed_precision": ("bf16", NONE, ALL), "base_model_precision": ("int8-quanto", NONE, NONE), "tokenizer_max_length": (12, NONE, ALL),
+    "sd3_clip_uncond_behaviour": ("zero", NONE, NONE), "sd3_t5_uncond_behaviour": ("zero", NONE, NONE),
+    "caption_dropout_mode": ("per_encoder", NONE, NONE),
     "t5_padding": ("zero", NONE, ALL), "vae_dtype": ("bf16", ALL, NONE), "vae_enable_tiling": (True, ALL, NONE),
     "vae_enable_slicing": (True, ALL, NONE),
     "revision": ("main", NONE, NONE), "variant": ("fp16", NONE, NONE), "base_model_default_dtype": ("fp32", NONE, NONE),

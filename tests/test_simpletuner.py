@@ -86,7 +86,9 @@ def test_the_guides_skip_layer_block(tmp_path: Path) -> None:
     assert found["flow_use_uniform_schedule"] == found["flow_schedule_auto_shift"] == {"taken over"}
     assert made.config.noise.flow_use_uniform_schedule
     assert made.config.flow_schedule_shift is None
-    assert found["sd3_clip_uncond_behaviour"] == {"was silently ignored there"}
+    assert found["sd3_clip_uncond_behaviour"] == {"taken over", "was silently ignored there"}
+    assert found["sd3_t5_uncond_behaviour"] == {"taken over"}
+    assert (made.config.model.sd3_clip_uncond_behaviour, made.config.model.sd3_t5_uncond_behaviour) == ("zero", "zero")
     as_text = imported(tmp_path, {**GUIDE, "validation_guidance": "4.0", "validation_guidance_skip_layers": "[7,8,9]"})
     assert as_text.config.validation.validation_guidance_skip_layers == (7, 8, 9)
     assert fates(as_text)["validation_guidance_skip_layers"] == {"taken over"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sd3tune.cache.conditioning import Conditioning, Words
 from sd3tune.cache.keys import latent_key, mask_key, text_key
 from sd3tune.cache.states import Encoders, Shower, Text, TextStates, joined
 from sd3tune.cache.store import Store
@@ -75,6 +76,12 @@ class Cache:
         self.plan, self.hits, self.misses = plan, hits, misses
         self._store = store or Store(Path(plan.cache_dir))
         self._latent_mark, self._text_mark = encoders.latent_fingerprint, encoders.text_fingerprint
+        self._encoders = encoders
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How texts reach the transformer."""
+        return self._encoders.conditioning
 
     def latent(self, placement: Placement) -> Tensor:
         """Scaled posterior mean C H W. Raises: CacheError."""
@@ -93,18 +100,18 @@ class Cache:
         """The mean weight of its mask, 0 to 1; 1 when it has none."""
         return float(self._store.facts("masks", mask_key_of(placement)).get("coverage", 1.0))
 
-    def text(self, text: str) -> Text:
-        """Joint states L D and pooled P of a text. Raises: CacheError."""
+    def text(self, text: Words) -> Text:
+        """Joint states L D and pooled P of a text, with zeros for no text where the settings say so. Raises: CacheError."""
         joint_BLD, pooled_BP = self.texts([text])
         return Text(joint_BLD[0], pooled_BP[0])
 
     def states(self, text: str) -> TextStates:
-        """The stored states of a text. Raises: CacheError."""
+        """The stored states of a text: what the encoders gave, whatever stands for no text. Raises: CacheError."""
         return TextStates(*self._store.read("texts", text_key(text, self._text_mark), TextStates._fields))
 
-    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def texts(self, texts: Sequence[Words]) -> tuple[Tensor, Tensor]:
         """Joint states B L D and pooled B P of several texts. Raises: CacheError."""
-        return joined([self.states(text) for text in texts])
+        return joined([self.conditioning.states(text, self.states) for text in texts])
 
     def latent_key(self, placement: Placement) -> str:
         """The key of a cut picture; the empty text while the picture is not hashed."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from sd3tune.cache.conditioning import Conditioning
+
 
 class Text(NamedTuple):
     """What the transformer reads of one text."""
@@ -79,6 +81,10 @@ class Encoders(Protocol):
     @property
     def text_fingerprint(self) -> str:
         """Changes when the same text would give other states."""
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How their states reach the transformer."""
 
     def load(self) -> AbstractContextManager[LoadedEncoders]:
         """Encoders for the duration of the block."""

@@ -72,6 +72,11 @@ ROWS: tuple[tuple[Callable[[RunConfig], bool], str, str], ...] = (
         "texts of 77 tokens save space and cost quality", GUIDE,
     ),
     (
+        lambda c: "zero" in (c.model.sd3_clip_uncond_behaviour, c.model.sd3_t5_uncond_behaviour),
+        "with zeros for no text, other programs draw the same only when they are given zeros as negative_prompt_embeds",
+        "diffusers' StableDiffusion3Pipeline encodes the empty text",
+    ),
+    (
         lambda c: _lion(c) and c.optimizer.learning_rate >= 5e-5,
         "Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4", "Chen et al. 2023, section 5",
     ),

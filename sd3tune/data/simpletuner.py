@@ -18,7 +18,7 @@ from sd3tune.config.reading import LEAVES, NOT_YAML, build, dump, nearest, value
 from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.data.entries import EMBEDS, UNNECESSARY, entry_of, unneeded_on_masks
-from sd3tune.data.simpletuner_training import Fate, settled
+from sd3tune.data.simpletuner_training import UNCONDITIONAL, Fate, settled
 from sd3tune.errors import ConfigError, FileError
 from sd3tune.files import write_text
 from sd3tune.shown import Shown
@@ -47,8 +47,6 @@ NOT_NEEDED = {
 """Keys whose job is done otherwise."""
 
 IGNORED_THERE = {
-    "sd3_clip_uncond_behaviour": "it is read nowhere: the empty text was encoded whatever it said",
-    "sd3_t5_uncond_behaviour": "it is read nowhere: the empty text was encoded whatever it said",
     "offset_noise": "flow-matching models never get it",
     "noise_offset": "flow-matching models never get it",
     **dict.fromkeys(
@@ -206,6 +204,9 @@ def settings_of(given: dict[str, Any], where: str, masks: Collection[str] = ()) 
         else:
             flat[name] = typed(name, value)
             said[name] = Line("", key, "taken over" if name == key else "renamed", f"{name} = {flat[name]!r}")
+            if key in UNCONDITIONAL:
+                why = "it was read nowhere, and the empty text was encoded whatever it said; here it works"
+                report.append(Line("", key, "was silently ignored there", why))
             if key == "validation_guidance_skip_layers" and isinstance(value, list):
                 report.append(
                     Line("", key, "was silently ignored there", "as a JSON list it switched skip-layer guidance off; here it works")

@@ -16,6 +16,9 @@ OPTIMIZER_NAMES = {
 SPREADS = ("flow_custom_timesteps", "flow_cubic_schedule_weights", "flow_use_uniform_schedule", "flow_use_beta_schedule")
 """Their settings of how noise levels spread; there the first that is set wins."""
 
+UNCONDITIONAL = ("sd3_clip_uncond_behaviour", "sd3_t5_uncond_behaviour")
+"""What stands for no text; there the second follows the first when it is not set."""
+
 CLIPPING = {"grad_clip_method": "value", "max_grad_norm": 2.0}
 """What theirs are when they are not set."""
 
@@ -29,6 +32,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
     made, notes = dict(flat), Notes()
     if masks:
         _masks(made, notes, masks)
+    _unconditional(made, notes)
     _noise(made, notes)
     _optimizer(made, notes)
     unset = [name for name in CLIPPING if name not in made]
@@ -49,6 +53,18 @@ def _masks(made: dict[str, Any], notes: Notes, masks: Collection[str]) -> None:
             "was silently ignored there",
             "only conditioning_type segmentation reads it",
         )
+
+
+def _unconditional(made: dict[str, Any], notes: Notes) -> None:
+    clip, t5 = UNCONDITIONAL
+    if made.get(t5) not in (None, "", "none", "None"):
+        return
+    if made.get(clip) == "zero":
+        made[t5] = "zero"
+        notes[t5] = ("taken over", "it is not set, which means what CLIP's says: zero")
+    elif t5 in made:
+        made.pop(t5)
+        notes[t5] = ("not needed", "none means what CLIP's says, which is the default")
 
 
 def _noise(made: dict[str, Any], notes: Notes) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sd3tune.cache.conditioning import Conditioning
 from sd3tune.cache.states import Moments, TextStates
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
@@ -60,6 +61,15 @@ class EncoderHandle:
         model = self._config.model
         precisions = (model.text_encoder_1_precision, model.text_encoder_2_precision, model.text_encoder_3_precision, str(model.use_t5))
         return digest(*parts, str(model.tokenizer_max_length), model.t5_padding, str(compute_dtype(self._config)), *precisions)
+
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """How texts reach the transformer."""
+        clip, model = self._json("text_encoder/config.json"), self._config.model
+        return Conditioning(
+            (int(clip["hidden_size"]), int(clip["projection_dim"])), model.tokenizer_max_length, model.t5_padding, model.use_t5,
+            model.sd3_clip_uncond_behaviour, model.sd3_t5_uncond_behaviour,
+        )  # fmt: skip
 
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of all entries of a plan, from the models' configurations alone."""
@@ -144,27 +154,28 @@ class LoadedEncoders:
             self._texts = self._load_texts()
         hidden, pooled = [], []
         for tokenizer, encoder in self._texts[:2]:
-            out = encoder(self._ids(tokenizer, texts, tokenizer.model_max_length), output_hidden_states=True)
+            out = encoder(self._tokens(tokenizer, texts, tokenizer.model_max_length).input_ids, output_hidden_states=True)
             pooled.append(out[0])
             hidden.append(out.hidden_states[-2])
         tokenizer, encoder = self._texts[2]
-        ids_BL = self._ids(tokenizer, texts, self._config.model.tokenizer_max_length)
+        tokens = self._tokens(tokenizer, texts, self._config.model.tokenizer_max_length)
         if encoder is None:  # as diffusers' pipeline does without its third encoder
             width = self._joint_width()
-            t5_BLD = torch.zeros((*ids_BL.shape, width), dtype=hidden[0].dtype, device=self._device)
+            t5_BLD = torch.zeros((*tokens.input_ids.shape, width), dtype=hidden[0].dtype, device=self._device)
         else:
-            t5_BLD = encoder(ids_BL)[0]
+            t5_BLD = encoder(tokens.input_ids)[0]
         if self._config.model.t5_padding == "zero":
-            t5_BLD = t5_BLD * (ids_BL != tokenizer.pad_token_id).unsqueeze(-1)
+            t5_BLD = t5_BLD.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
         clip_BLD, pooled_BP = torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
         return [TextStates(*rows) for rows in zip(clip_BLD, t5_BLD, pooled_BP, strict=True)]
 
     def _joint_width(self) -> int:
         return int(json.loads((model_folder(self._config) / "transformer" / "config.json").read_text())["joint_attention_dim"])
 
-    def _ids(self, tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
+    def _tokens(self, tokenizer: Any, texts: Sequence[str], length: int) -> Any:
+        """Token numbers and the mask of those that are the text's."""
         padded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return padded.input_ids.to(self._device)  # type: ignore[no-any-return]
+        return padded.to(self._device)
 
     def _load_texts(self) -> list[tuple[Any, Any]]:
         from transformers import CLIPTextModelWithProjection, T5EncoderModel

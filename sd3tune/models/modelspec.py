@@ -11,9 +11,12 @@ ARCHITECTURES = {
     "sd3-medium": "stable-diffusion-3-medium", "sd35-medium": "stable-diffusion-3.5-medium", "sd35-large": "stable-diffusion-3.5-large",
 }  # fmt: skip
 
+TEXTS = ("tokenizer_max_length", "t5_padding", "use_t5", "sd3_clip_uncond_behaviour", "sd3_t5_uncond_behaviour")
+"""Settings that a program which draws with the file should have, too."""
+
 
 def modelspec(config: RunConfig, plan: Plan, title: str) -> dict[str, str]:
-    """Title, architecture, resolution, trigger phrase, and a digest of the settings."""
+    """Title, architecture, resolution, trigger phrase, how texts were read, and a digest of the settings."""
     base = config.model.model_flavour or config.model.pretrained_model_name_or_path or ""
     largest = max((placement.bucket for placement in plan.train), key=lambda bucket: bucket.width * bucket.height)
     found = {
@@ -23,6 +26,7 @@ def modelspec(config: RunConfig, plan: Plan, title: str) -> dict[str, str]:
         "modelspec.resolution": str(largest),
         "modelspec.prediction_type": "flow",
         "sd3tune.base": base,
+        **{f"sd3tune.{name}": str(getattr(config.model, name)) for name in TEXTS},
         "sd3tune.config_sha256": digest(dump(config)),
     }
     phrases = sorted({d.instance_prompt for d in plan.catalog.datasets if d.instance_prompt})

@@ -31,8 +31,10 @@ def draw(config: RunConfig, prompts: Sequence[str], folder: str | Path, count: i
     files = [goal / f"{number:06d}.png" for number in range(count)]
     device, dtype = components.pick_device(), components.compute_dtype(config)
     if missing := [number for number, file in enumerate(files) if not file.exists()]:
-        with encoders(config).load() as loaded:
-            texts = loaded.encode_texts([config.validation.validation_negative_prompt, *prompts])
+        handle, wanted = encoders(config), [config.validation.validation_negative_prompt, *prompts]
+        with handle.load() as loaded:
+            given = dict(zip(wanted, loaded.encode_texts(wanted), strict=True))
+        texts = [handle.conditioning.states(text, given.__getitem__) for text in wanted]
         negative, *positives = [Text(*(states[0] for states in joined([text]))) for text in texts]
         transformer, vae = components.load_transformer(config, device).eval(), components.load_vae(config, device)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -56,8 +58,9 @@ def draw(config: RunConfig, prompts: Sequence[str], folder: str | Path, count: i
 def _about(config: RunConfig, prompts: Sequence[str]) -> str:
     names = (
         "pretrained_model_name_or_path", "model_flavour", "revision", "base_model_precision", "mixed_precision", "use_t5",
-        "tokenizer_max_length", "validation_negative_prompt", "validation_resolution", "validation_num_inference_steps",
-        "validation_shift",
+        "tokenizer_max_length", "t5_padding", "sd3_clip_uncond_behaviour", "sd3_t5_uncond_behaviour", "text_encoder_1_precision",
+        "text_encoder_2_precision", "text_encoder_3_precision", "validation_negative_prompt", "validation_resolution",
+        "validation_num_inference_steps", "validation_shift",
     )  # fmt: skip
     leaves = config.leaves()
     settings = {name: leaves[name] for name in names if name in leaves}

@@ -46,6 +46,11 @@ class Model:
     t5_padding: Annotated[
         Literal["unmodified", "zero"], about("What follows a text's T5 states up to that length: what T5 makes of pads, or zeros.")
     ] = "unmodified"
+    sd3_clip_uncond_behaviour: Annotated[
+        Literal["empty_string", "zero"],
+        about("What the two CLIPs give for no text (a dropped caption, an empty negative prompt): that of the empty text, or zeros."),
+    ] = "empty_string"
+    sd3_t5_uncond_behaviour: Annotated[Literal["empty_string", "zero"], about("The same of T5.")] = "empty_string"
     vae_dtype: Annotated[Literal["bf16", "fp16", "fp32"], about("Number format of the autoencoder.")] = "bf16"
     vae_enable_tiling: Annotated[bool, about("Encode and decode in tiles: less memory, values that differ slightly at their edges.")] = (
         False

@@ -184,8 +184,19 @@ def test_weights_are_the_papers() -> None:
     middle, end = flow.weight(torch.tensor([0.5, 1e-6]), "mode").tolist()
     assert (middle, end) == pytest.approx((1 / (1 + 1.29 * (1 - math.pi / 2)), 1 / 2.29), rel=1e-3)
     assert torch.equal(flow.weight(levels, "none"), torch.ones_like(levels))
+    assert float(flow.weight(levels, "sigma_squared").mean()) == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(ValueError, match="unknown weighting 'cos'"):
         flow.weight(levels, "cos")
+
+
+def test_sigma_squared_is_the_error_of_the_picture() -> None:
+    """A third of the weighted error of a velocity v is that of the picture z - sigma v, which diffusers' example trains."""
+    g = torch.Generator().manual_seed(0)
+    x, n, v = (torch.randn(3, 4, 2, 2, generator=g) for _ in range(3))
+    sigma = torch.tensor([0.1, 0.5, 0.9])
+    picture = flow.mix(x, n, sigma) - sigma.view(-1, 1, 1, 1) * v
+    weighted = flow.weight(sigma, "sigma_squared") * (v - flow.target(x, n)).square().flatten(1).mean(1)
+    assert torch.allclose(weighted / 3, (picture - x).square().flatten(1).mean(1), rtol=1e-4)
 
 
 def test_mode_weights_uniform_levels_like_mode_sampling() -> None:

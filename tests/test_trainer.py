@@ -17,6 +17,7 @@ import torch
 from conftest import Workbench
 
 import sd3tune as st
+from sd3tune.config.optimizers import OPTIMIZERS
 from sd3tune.history import follow_segments, read_lines
 from sd3tune.run_folder import RunFolder
 
@@ -64,10 +65,27 @@ for record in st.Trainer(config, cache).run():
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, pytest.param(0.35, marks=pytest.mark.full), pytest.param(0.9, marks=pytest.mark.full)])
-def test_kill_nine_loses_nothing_before_the_last_checkpoint(bench: Workbench, tmp_path: Path, delay: float) -> None:
-    """A run killed with SIGKILL after its first checkpoint resumes there and ends as an undisturbed one."""
+RULES = [name for name in OPTIMIZERS if not OPTIMIZERS[name].paged]
+"""Update rules that run on a CPU."""
+
+
+@pytest.mark.parametrize(
+    ("delay", "more"),
+    [
+        (0.0, {}),
+        *(pytest.param(delay, {}, marks=pytest.mark.full) for delay in (0.35, 0.9)),
+        *(  # six passes an update: a kill nearly always falls between two of them
+            pytest.param(0.5, {"optimizer": name, "gradient_accumulation_steps": 6, "use_ema": True}, marks=pytest.mark.full)
+            for name in RULES
+        ),
+    ],
+)
+def test_kill_nine_loses_nothing_before_the_last_checkpoint(bench: Workbench, tmp_path: Path, delay: float, more: dict[str, Any]) -> None:
+    """A run killed with SIGKILL after its first checkpoint resumes there and ends as an undisturbed one, with every update rule."""
     settings: dict[str, Any] = {"checkpoint_step_interval": 4, "max_train_steps": 16, "validation_prompt": (), "eval_loss_disable": True}
+    settings |= more
+    if more.get("optimizer") in ("prodigy", "schedulefree"):
+        settings |= {"learning_rate": 1.0 if more["optimizer"] == "prodigy" else 1e-3, "lr_scheduler": "constant"}
     config = bench.config(**settings)
     bench.cache(config)
     config.save(tmp_path / "run.yaml")

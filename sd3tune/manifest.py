@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 DRAWS = 10_000
 """Noise levels drawn for the manifest's histogram."""
+
+FEWER = 1000
+"""Of them, how many of each size are followed to their rollouts, about."""
+
+FORWARD = 1 / 3
+"""Time of a forward pass beside that of a forward and a backward pass."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +58,10 @@ class Manifest(Shown):
     """Data set, pictures with a mask, and the mean and the smallest share of a picture that its mask counts."""
     regularisation: tuple[tuple[str, int, float], ...] = ()
     """Data set, pictures on which the model should stay as it is, and their weight."""
+    rollout: str = ""
+    """Which pictures are rolled out, and how; empty when none is."""
+    extra_forwards: float = 0.0
+    """Pictures of an update that go through the model besides the ones that learn, expected as a mean over the run."""
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -71,6 +81,7 @@ class Manifest(Shown):
             f"adapter   {self.trainable_tensors} tensors, {self.trainable_parameters:,} parameters on {self.device}",
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
             *self._noise(),
+            *([f"rollout   {self.rollout}"] if self.rollout else []),
             *(
                 f"masks     {name}: {count} pictures with a mask; on average {mean:.1%} of a picture counts, at least {least:.1%}"
                 for name, count, mean, least in self.masks
@@ -100,23 +111,40 @@ class Manifest(Shown):
 
 
 def drawn_levels(plan: Plan, rules: Rules) -> tuple[int, ...]:
-    """How many of 10,000 noise levels lie in each tenth, drawn for every size and data set in proportion to its pictures."""
+    """How many of 10,000 noise levels lie in each tenth."""
     import torch
 
     from sd3tune.training import sigmas
+
+    return sigmas.tenths(torch.cat([sigma_B for _, sigma_B in _drawn(plan, rules)]))
+
+
+def _drawn(plan: Plan, rules: Rules) -> Iterator[tuple[float, Tensor]]:
+    """10,000 noise levels in parts, each with its shift, drawn for every size and data set in proportion to its pictures."""
+    from sd3tune.training import sigmas
     from sd3tune.training.batches import generator
 
-    drawn = []
     for number, (group, rows) in enumerate(plan.groups.items()):
         count = round(DRAWS * len(rows) / len(plan.train))
         factor = sigmas.factor_of(rules.shift, group.bucket.height // 8, group.bucket.width // 8)
-        drawn.append(
-            sigmas.draw(
-                count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
-                offset=rows[0].item.dataset.timestep_sampling_offset, spread=rules.spread,
-            )
+        yield factor, sigmas.draw(
+            count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
+            offset=rows[0].item.dataset.timestep_sampling_offset, spread=rules.spread,
         )  # fmt: skip
-    return sigmas.tenths(torch.cat(drawn))
+
+
+def rollouts_of(plan: Plan, rules: Rules) -> tuple[str, float]:
+    """Which pictures are rolled out and what that costs; and how many more go through the model in an update, as a mean over the run."""
+    if rules.rollout is None:
+        return "", 0.0
+    drawn = [(factor, sigma_B[:: max(len(sigma_B) // FEWER, 1)].tolist()) for factor, sigma_B in _drawn(plan, rules)]
+    parts = [(len(levels), rules.rollout.expected_passes(levels, factor)) for factor, levels in drawn if levels]
+    images = len(plan.train) / plan.updates_per_epoch
+    each = images * sum(count * passes for count, passes in parts) / sum(count for count, _ in parts)
+    chances = [rules.rollout.chance(update) for update in range(rules.total)]
+    mean, most = each * sum(chances) / len(chances), each * max(chances)
+    cost = f"{mean:.3g} more pictures than the {images:.3g} that learn go through the model in a mean update, at most {most:.3g}"
+    return f"{rules.rollout}; {cost}", mean
 
 
 def shifts_of(plan: Plan, rules: Rules) -> tuple[tuple[str, float], ...]:
@@ -171,8 +199,10 @@ def describe(
         ("latents", count_dtypes([cache.latent(first)])),
         ("texts", count_dtypes([text.joint_LD, text.pooled_P])),
     )
+    rollouts, extra = rollouts_of(plan, rules)
+    images = len(plan.train) / plan.updates_per_epoch
     return Manifest(
-        sentence=plan.sentence(seconds_per_update),
+        sentence=plan.sentence(seconds_per_update * (1 + FORWARD * extra / images)),
         images_found=len(catalog.items) + len(catalog.problems),
         images_used=len({p.item.path for p in plan.train}),
         images_held_out=len(plan.evaluation),
@@ -195,4 +225,6 @@ def describe(
         shifts=shifts_of(plan, rules),
         masks=masks_of(cache),
         regularisation=regularisation_of(plan, rules.regularisation_weight),
+        rollout=rollouts,
+        extra_forwards=extra,
     )

@@ -44,7 +44,7 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
-from sd3tune.training.velocity import TransformerVelocity
+from sd3tune.training.velocity import SamplerVelocity, TransformerVelocity
 from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
@@ -87,7 +87,8 @@ class Trainer:
         )  # fmt: skip
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(
-            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network)
+            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network),
+            walker=SamplerVelocity(velocity, self.network),
         )  # fmt: skip
         self._validator = Validator(self.transformer, cache, self.device)
         cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sd3tune.errors import TrainingError
-from sd3tune.training import flow, sigmas
+from sd3tune.training import flow, rollout, sigmas
 from sd3tune.training.batches import Batch, Batches, generator, noise
 from sd3tune.training.rules import Rules
 
@@ -27,6 +27,8 @@ class Part:
     nothing_B: Tensor
     """The loss of predicting zero."""
     regularisation: bool = False
+    extra_forwards: int = 0
+    """Images that went through the model for a rollout."""
 
 
 def mean_loss(parts: Sequence[Part], *, regularisation: bool) -> float | None:
@@ -42,30 +44,54 @@ def share_of_nothing(parts: Sequence[Part]) -> tuple[float, float]:
 
 
 def forward(
-    k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device
-) -> tuple[Tensor, Part]:
-    """The sum of the weighted losses of batch ``k``, and what was measured of it. Raises: TrainingError."""
+    k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device,
+    walker: flow.Velocity | None = None,
+) -> tuple[Tensor, Part]:  # fmt: skip
+    """The sum of the weighted losses of batch ``k``, and what was measured of it. Raises: TrainingError.
+
+    ``walker`` is the velocity as a sampler calls it, for rollouts.
+    """
     batch = batches[k]
     shape, factor = batch.latent_BCHW.shape, sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
     sigma_B = sigmas.draw(
         shape[0], scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, k, 4),
         offset=batch.sigma_offset, spread=rules.spread, k=k,
     )  # fmt: skip
-    latent_BCHW = batch.latent_BCHW.float().to(device)
-    noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k).to(device), None
-    if rules.perturbation:
-        extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(device)
-    loss_B = flow.loss(
-        velocity, latent_BCHW, batch.joint_BLD.to(device), batch.pooled_BP.to(device),
-        sigma_B=sigma_B.to(device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
-        mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(device), mask_normalise=rules.mask_normalise,
-        prior=_prior_of(batch, prior),
+    points = rollout.Points(
+        batch.latent_BCHW.float().to(device), noise(shape, seed=rules.seed, k=k).to(device), sigma_B.to(device),
+        batch.joint_BLD.to(device), batch.pooled_BP.to(device),
     )  # fmt: skip
-    weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(device)
+    extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(device) if rules.perturbation else None
+    found = _losses(k, batch, rules, points, extra_BCHW, velocity=velocity, prior=_prior_of(batch, prior), walker=walker or velocity)
+    weighted_B = found.learned_B
+    if rules.weighting != "none":
+        weighted_B = weighted_B * flow.weight(sigma_B, rules.weighting).to(device)
     if batch.regularisation:
         weighted_B = rules.regularisation_weight * weighted_B
-    nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
-    return weighted_B.sum(), Part(batch.ids, sigma_B, loss_B.detach(), nothing_B, batch.regularisation)
+    nothing_B = rules.measure.of(found.target_BCHW).flatten(1).mean(1)
+    return weighted_B.sum(), Part(batch.ids, sigma_B, found.loss_B.detach(), nothing_B, batch.regularisation, found.passes)
+
+
+def _losses(
+    k: int, batch: Batch, rules: Rules, points: rollout.Points, extra_BCHW: Tensor | None, *, velocity: flow.Velocity,
+    prior: flow.Velocity | None, walker: flow.Velocity,
+) -> rollout.Losses:  # fmt: skip
+    """The losses of a batch, some of whose images may have walked; those are not perturbed."""
+    mask_BHW = None if batch.mask_BHW is None else batch.mask_BHW.to(points.latent_BCHW.device)
+    if rules.rollout is not None:
+        places, factor = range(len(batch.ids)), sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
+        offsets = rules.rollout.offsets(seed=rules.seed, k=k, update=k // rules.accumulation, places=places)
+        rolled = rollout.roll(rules.rollout, walker, points, extra_BCHW, offsets=offsets, factor=factor)
+        if rolled is not None:
+            return rollout.loss(
+                rules.rollout, rolled, points, velocity, walker, measure=rules.measure, mask_BHW=mask_BHW,
+                mask_normalise=rules.mask_normalise, prior=prior,
+            )  # fmt: skip
+    loss_B = flow.loss(
+        velocity, points.latent_BCHW, points.joint_BLD, points.pooled_BP, sigma_B=points.sigma_B, noise_BCHW=points.noise_BCHW,
+        measure=rules.measure, extra_BCHW=extra_BCHW, mask_BHW=mask_BHW, mask_normalise=rules.mask_normalise, prior=prior,
+    )  # fmt: skip
+    return rollout.Losses(loss_B, loss_B, flow.target(points.latent_BCHW, points.noise_BCHW))
 
 
 def _prior_of(batch: Batch, prior: flow.Velocity | None) -> flow.Velocity | None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import sd3tune as st
 from sd3tune.assembly import rollout_of
-from sd3tune.config.advice import advice
 from sd3tune.data.simpletuner import from_simpletuner
 from sd3tune.errors import ConfigError
 from sd3tune.training import sigmas, solvers
@@ -358,14 +357,6 @@ def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match=r"start_step \(300\) is not before the end of the run \(max_train_steps = 300\).*lower it"):
         st.presets.playground(**ON, scheduled_sampling_start_step=300)
     st.presets.playground(scheduled_sampling_start_step=300, scheduled_sampling_reflexflow_beta1=0.0)
-
-
-def test_advice_when_nothing_will_be_rolled() -> None:
-    said = [str(a) for a in advice(st.presets.playground(scheduled_sampling_probability=0.5))]
-    assert any("scheduled sampling is off" in text and "max_step_offset is 0" in text for text in said)
-    assert any("no picture is ever rolled out" in str(a) for a in advice(st.presets.playground(scheduled_sampling_max_step_offset=2)))
-    for on in (ON, {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_ramp_steps": 5}):
-        assert not advice(st.presets.playground(**on))
 
 
 def test_simpletuners_settings(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.cache.reading import Cache
+from sd3tune.data.datasets import Dataset
 from sd3tune.data.planning import Plan
 from sd3tune.shown import Shown
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 DRAWS = 10_000
 """Noise levels drawn for the manifest's histogram."""
-
-FEWER = 1000
-"""Of them, how many of each size are followed to their rollouts, about."""
 
 FORWARD = 1 / 3
 """Time of a forward pass beside that of a forward and a backward pass."""
@@ -116,29 +114,32 @@ def drawn_levels(plan: Plan, rules: Rules) -> tuple[int, ...]:
 
     from sd3tune.training import sigmas
 
-    return sigmas.tenths(torch.cat([sigma_B for _, sigma_B in _drawn(plan, rules)]))
+    return sigmas.tenths(torch.cat([sigma_B for *_, sigma_B in _drawn(plan, rules)]))
 
 
-def _drawn(plan: Plan, rules: Rules) -> Iterator[tuple[float, Tensor]]:
-    """10,000 noise levels in parts, each with its shift, drawn for every size and data set in proportion to its pictures."""
+def _drawn(plan: Plan, rules: Rules) -> Iterator[tuple[Dataset, float, Tensor]]:
+    """10,000 noise levels in parts, each with its data set and shift, drawn for every size in proportion to its pictures."""
     from sd3tune.training import sigmas
     from sd3tune.training.batches import generator
 
     for number, (group, rows) in enumerate(plan.groups.items()):
-        count = round(DRAWS * len(rows) / len(plan.train))
+        dataset, count = rows[0].item.dataset, round(DRAWS * len(rows) / len(plan.train))
         factor = sigmas.factor_of(rules.shift, group.bucket.height // 8, group.bucket.width // 8)
-        yield factor, sigmas.draw(
+        sigma_B = sigmas.draw(
             count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
-            offset=rows[0].item.dataset.timestep_sampling_offset, spread=rules.spread,
+            offset=dataset.timestep_sampling_offset, spread=rules.spread,
         )  # fmt: skip
+        yield dataset, factor, sigma_B
 
 
 def rollouts_of(plan: Plan, rules: Rules) -> tuple[str, float]:
     """Which pictures are rolled out and what that costs; and how many more go through the model in an update, as a mean over the run."""
     if rules.rollout is None:
         return "", 0.0
-    drawn = [(factor, sigma_B[:: max(len(sigma_B) // FEWER, 1)].tolist()) for factor, sigma_B in _drawn(plan, rules)]
-    parts = [(len(levels), rules.rollout.expected_passes(levels, factor)) for factor, levels in drawn if levels]
+    parts = []
+    for dataset, factor, sigma_B in _drawn(plan, rules):
+        rollout = replace(rules.rollout, reflex=None) if dataset.is_regularisation_data else rules.rollout
+        parts.append((len(sigma_B), rollout.expected_passes(sigma_B.tolist(), factor)))
     images = len(plan.train) / plan.updates_per_epoch
     each = images * sum(count * passes for count, passes in parts) / sum(count for count, _ in parts)
     chances = [rules.rollout.chance(update) for update in range(rules.total)]

@@ -62,7 +62,11 @@ def forward(
         batch.joint_BLD.to(device), batch.pooled_BP.to(device),
     )  # fmt: skip
     extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8).to(device) if rules.perturbation else None
-    found = _losses(k, batch, rules, points, extra_BCHW, velocity=velocity, prior=_prior_of(batch, prior), walker=walker or velocity)
+    paths: tuple[tuple[float, ...], ...] = ()
+    if rules.rollout is not None:
+        update, places = k // rules.accumulation, range(shape[0])
+        paths = rules.rollout.paths(sigma_B.tolist(), factor, seed=rules.seed, k=k, update=update, places=places)
+    found = _losses(batch, rules, points, extra_BCHW, paths, velocity=velocity, prior=_prior_of(batch, prior), walker=walker or velocity)
     weighted_B = found.learned_B
     if rules.weighting != "none":
         weighted_B = weighted_B * flow.weight(sigma_B, rules.weighting).to(device)
@@ -73,20 +77,17 @@ def forward(
 
 
 def _losses(
-    k: int, batch: Batch, rules: Rules, points: rollout.Points, extra_BCHW: Tensor | None, *, velocity: flow.Velocity,
-    prior: flow.Velocity | None, walker: flow.Velocity,
+    batch: Batch, rules: Rules, points: rollout.Points, extra_BCHW: Tensor | None, paths: Sequence[Sequence[float]], *,
+    velocity: flow.Velocity, prior: flow.Velocity | None, walker: flow.Velocity,
 ) -> rollout.Losses:  # fmt: skip
     """The losses of a batch, some of whose images may have walked; those are not perturbed."""
     mask_BHW = None if batch.mask_BHW is None else batch.mask_BHW.to(points.latent_BCHW.device)
-    if rules.rollout is not None:
-        places, factor = range(len(batch.ids)), sigmas.factor_of(rules.shift, *batch.latent_BCHW.shape[2:])
-        offsets = rules.rollout.offsets(seed=rules.seed, k=k, update=k // rules.accumulation, places=places)
-        rolled = rollout.roll(rules.rollout, walker, points, extra_BCHW, offsets=offsets, factor=factor)
-        if rolled is not None:
-            return rollout.loss(
-                rules.rollout, rolled, points, velocity, walker, measure=rules.measure, mask_BHW=mask_BHW,
-                mask_normalise=rules.mask_normalise, prior=prior,
-            )  # fmt: skip
+    rolled = None if rules.rollout is None else rollout.roll(rules.rollout, walker, points, extra_BCHW, paths)
+    if rules.rollout is not None and rolled is not None:
+        return rollout.loss(
+            rules.rollout, rolled, points, velocity, walker, measure=rules.measure, mask_BHW=mask_BHW, mask_normalise=rules.mask_normalise,
+            prior=prior,
+        )  # fmt: skip
     loss_B = flow.loss(
         velocity, points.latent_BCHW, points.joint_BLD, points.pooled_BP, sigma_B=points.sigma_B, noise_BCHW=points.noise_BCHW,
         measure=rules.measure, extra_BCHW=extra_BCHW, mask_BHW=mask_BHW, mask_normalise=rules.mask_normalise, prior=prior,

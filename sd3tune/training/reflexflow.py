@@ -72,8 +72,9 @@ def spectrum_weight(bias_BCHW: Tensor, alpha: float) -> Tensor:
     frequency of a single image is mostly chance.
     """
     power_BHW = torch.fft.fft2(bias_BCHW, norm="ortho").abs().square().mean(1)
-    ring_HW = _rings(*power_BHW.shape[1:]).to(power_BHW.device)
-    sizes_R = torch.bincount(ring_HW.flatten()).to(power_BHW)
+    rings = _rings(*power_BHW.shape[1:])
+    sizes_R = torch.bincount(rings.flatten()).to(power_BHW)
+    ring_HW = rings.to(power_BHW.device)
     sums_BR = power_BHW.new_zeros(len(power_BHW), len(sizes_R)).index_add_(1, ring_HW.flatten(), power_BHW.flatten(1))
     amplitude_BHW = (sums_BR / sizes_R).sqrt()[:, ring_HW]
     mean_B11 = amplitude_BHW.mean((1, 2), keepdim=True)

@@ -79,6 +79,14 @@ class Rollout:
             found.append(1 + sum(far >= bound for bound in bounds[:-1]) if rolled < chance else 0)
         return tuple(found)
 
+    def paths(
+        self, sigmas: Sequence[float], factor: float, *, seed: int, k: int, update: int, places: Sequence[int]
+    ) -> tuple[tuple[float, ...], ...]:
+        """The noise levels that each image of batch ``k`` goes through, down to its own; that alone for those that are not rolled."""
+        levels = grid(factor)
+        offsets = self.offsets(seed=seed, k=k, update=update, places=places)
+        return tuple(path(sigma, offset, levels) for sigma, offset in zip(sigmas, offsets, strict=True))
+
     def passes(self, steps: int) -> int:
         """Images that go through the model, besides the one that learns, when one of them walks so many steps."""
         return steps + (self.reflex is not None and self.reflex.needs_bias) if steps else 0
@@ -86,11 +94,9 @@ class Rollout:
     def expected_passes(self, sigmas: Sequence[float], factor: float) -> float:
         """Mean passes of a rolled image at some noise levels: near pure noise there are fewer steps above than asked for."""
         levels = grid(factor)
-        return sum(
-            share * self.passes(len(path(sigma, offset, levels)) - 1)
-            for sigma in sigmas
-            for offset, share in enumerate(self.shares, start=1)
-        ) / len(sigmas)  # fmt: skip
+        most = [len(path(sigma, self.max_offset, levels)) - 1 for sigma in sigmas]
+        sums = [share * sum(self.passes(min(offset, far)) for far in most) for offset, share in enumerate(self.shares, start=1)]
+        return sum(sums) / max(len(sigmas), 1)
 
     def __str__(self) -> str:
         rate = f"{self.probability:g} of the pictures"
@@ -146,11 +152,9 @@ class Rolled:
 
 
 def roll(
-    rollout: Rollout, walker: flow.Velocity, points: Points, extra_BCHW: Tensor | None, *, offsets: Sequence[int], factor: float
+    rollout: Rollout, walker: flow.Velocity, points: Points, extra_BCHW: Tensor | None, paths: Sequence[Sequence[float]]
 ) -> Rolled | None:
-    """Let images walk by their offsets; ``extra_BCHW`` is added to the noise of the others. Nothing when none walks."""
-    levels = grid(factor)
-    paths = [path(sigma, offset, levels) for sigma, offset in zip(points.sigma_B.tolist(), offsets, strict=True)]
+    """Let images walk down their paths; ``extra_BCHW`` is added to the noise of the others. Nothing when none walks."""
     walking = [place for place, path_S in enumerate(paths) if len(path_S) > 1]
     if not walking:
         return None

@@ -28,6 +28,8 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.training.flow import Measure
 from sd3tune.training.objective import ALONE
 from sd3tune.training.optim import Rule
+from sd3tune.training.reflexflow import Reflex
+from sd3tune.training.rollout import Rollout
 from sd3tune.training.rules import Rules
 from sd3tune.training.spreads import Kind, Spread
 
@@ -81,6 +83,24 @@ def rules_of(config: RunConfig, made: Plan) -> Rules:
         perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
         cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,
         mask_normalise=objective.mask_normalise, regularisation_weight=objective.regularisation_weight,
+        rollout=rollout_of(config),
+    )  # fmt: skip
+
+
+def rollout_of(config: RunConfig) -> Rollout | None:
+    """The rollouts that a configuration asks for; nothing when they are off."""
+    o = config.objective
+    if not o.scheduled_sampling_max_step_offset:
+        return None
+    reflex = Reflex(
+        o.scheduled_sampling_reflexflow_alpha, o.scheduled_sampling_reflexflow_beta1, o.scheduled_sampling_reflexflow_beta2
+    )  # fmt: skip
+    return Rollout(
+        o.scheduled_sampling_max_step_offset, o.scheduled_sampling_strategy, probability=o.scheduled_sampling_probability,
+        prob_start=o.scheduled_sampling_prob_start, prob_end=o.scheduled_sampling_prob_end, ramp_steps=o.scheduled_sampling_ramp_steps,
+        start_step=o.scheduled_sampling_start_step, cosine=o.scheduled_sampling_ramp_shape == "cosine",
+        sampler=o.scheduled_sampling_sampler, order=o.scheduled_sampling_order, reaimed=o.scheduled_sampling_target == "reaimed",
+        reflex=reflex if o.scheduled_sampling_reflexflow else None,
     )  # fmt: skip
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.cache.reading import Cache
+from sd3tune.data.datasets import Dataset
 from sd3tune.data.planning import Plan
 from sd3tune.shown import Shown
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 DRAWS = 10_000
 """Noise levels drawn for the manifest's histogram."""
+
+FORWARD = 1 / 3
+"""Time of a forward pass beside that of a forward and a backward pass."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,6 +62,10 @@ class Manifest(Shown):
     """How texts reach the transformer."""
     dropout: tuple[tuple[str, int, float, float], ...] = ()
     """Data set, its pictures, and the share of the times seen that all encoders, and that each of them, are without the caption."""
+    rollout: str = ""
+    """Which pictures are rolled out, and how; empty when none is."""
+    extra_forwards: float = 0.0
+    """Pictures of an update that go through the model besides the ones that learn, expected as a mean over the run."""
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain data."""
@@ -83,6 +91,7 @@ class Manifest(Shown):
             f"adapter   {self.trainable_tensors} tensors, {self.trainable_parameters:,} parameters on {self.device}",
             "numbers   " + ", ".join(f"{what}: {dtype}" for what, dtype in self.dtypes),
             *self._noise(),
+            *([f"rollout   {self.rollout}"] if self.rollout else []),
             *(
                 f"masks     {name}: {count} pictures with a mask; on average {mean:.1%} of a picture counts, at least {least:.1%}"
                 for name, count, mean, least in self.masks
@@ -112,23 +121,43 @@ class Manifest(Shown):
 
 
 def drawn_levels(plan: Plan, rules: Rules) -> tuple[int, ...]:
-    """How many of 10,000 noise levels lie in each tenth, drawn for every size and data set in proportion to its pictures."""
+    """How many of 10,000 noise levels lie in each tenth."""
     import torch
 
     from sd3tune.training import sigmas
+
+    return sigmas.tenths(torch.cat([sigma_B for *_, sigma_B in _drawn(plan, rules)]))
+
+
+def _drawn(plan: Plan, rules: Rules) -> Iterator[tuple[Dataset, float, Tensor]]:
+    """10,000 noise levels in parts, each with its data set and shift, drawn for every size in proportion to its pictures."""
+    from sd3tune.training import sigmas
     from sd3tune.training.batches import generator
 
-    drawn = []
     for number, (group, rows) in enumerate(plan.groups.items()):
-        count = round(DRAWS * len(rows) / len(plan.train))
+        dataset, count = rows[0].item.dataset, round(DRAWS * len(rows) / len(plan.train))
         factor = sigmas.factor_of(rules.shift, group.bucket.height // 8, group.bucket.width // 8)
-        drawn.append(
-            sigmas.draw(
-                count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
-                offset=rows[0].item.dataset.timestep_sampling_offset, spread=rules.spread,
-            )
+        sigma_B = sigmas.draw(
+            count, scale=rules.sigmoid_scale, factor=factor, stratified=rules.stratified, rng=generator(rules.seed, number, 9),
+            offset=dataset.timestep_sampling_offset, spread=rules.spread,
         )  # fmt: skip
-    return sigmas.tenths(torch.cat(drawn))
+        yield dataset, factor, sigma_B
+
+
+def rollouts_of(plan: Plan, rules: Rules) -> tuple[str, float]:
+    """Which pictures are rolled out and what that costs; and how many more go through the model in an update, as a mean over the run."""
+    if rules.rollout is None:
+        return "", 0.0
+    parts = []
+    for dataset, factor, sigma_B in _drawn(plan, rules):
+        rollout = replace(rules.rollout, reflex=None) if dataset.is_regularisation_data else rules.rollout
+        parts.append((len(sigma_B), rollout.expected_passes(sigma_B.tolist(), factor)))
+    images = len(plan.train) / plan.updates_per_epoch
+    each = images * sum(count * passes for count, passes in parts) / sum(count for count, _ in parts)
+    chances = [rules.rollout.chance(update) for update in range(rules.total)]
+    mean, most = each * sum(chances) / len(chances), each * max(chances)
+    cost = f"{mean:.3g} more pictures than the {images:.3g} that learn go through the model in a mean update, at most {most:.3g}"
+    return f"{rules.rollout}; {cost}", mean
 
 
 def shifts_of(plan: Plan, rules: Rules) -> tuple[tuple[str, float], ...]:
@@ -192,8 +221,10 @@ def describe(
         ("latents", count_dtypes([cache.latent(first)])),
         ("texts", count_dtypes([text.joint_LD, text.pooled_P])),
     )
+    rollouts, extra = rollouts_of(plan, rules)
+    images = len(plan.train) / plan.updates_per_epoch
     return Manifest(
-        sentence=plan.sentence(seconds_per_update),
+        sentence=plan.sentence(seconds_per_update * (1 + FORWARD * extra / images)),
         updates=plan.steps,
         images_found=len(catalog.items) + len(catalog.problems),
         images_used=len({p.item.path for p in plan.train}),
@@ -219,4 +250,6 @@ def describe(
         regularisation=regularisation_of(plan, rules.regularisation_weight),
         texts=str(cache.conditioning),
         dropout=dropout_of(plan, batches),
+        rollout=rollouts,
+        extra_forwards=extra,
     )

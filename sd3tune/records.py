@@ -53,6 +53,8 @@ class StepRecord(Record):
     peak_memory_bytes: int
     regularisation_loss: float | None = None
     """Mean over regularisation pictures: how far the model is from the base there. ``losses`` holds those of both kinds."""
+    extra_forwards: int = 0
+    """Pictures that went through the model besides the ones that learn, so that others could be rolled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
-from sd3tune.training.velocity import TransformerVelocity
+from sd3tune.training.velocity import SamplerVelocity, TransformerVelocity
 from sd3tune.validation.grids import Grid
 
 POLL = 0.2
@@ -82,7 +82,7 @@ class Trainer:
         velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
         self.engine = Engine(
             velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network),
-            processes=self.processes,
+            walker=SamplerVelocity(velocity, self.network), processes=self.processes,
         )  # fmt: skip
         self._judge = Judge(self.engine, self.transformer, self.network, cache, self.device)
         self._judge.check_layers(config)

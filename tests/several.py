@@ -59,6 +59,7 @@ def main(job: Path) -> None:
         "count": processes.count, "images": counting.images, "losses": [record.losses for record in records],
         "mean": [record.loss for record in records], "items": [record.items for record in records], "folder": str(trainer.folder.path),
         "norms": [record.grad_norm for record in records], "rates": [record.learning_rate for record in records],
+        "extra": [record.extra_forwards for record in records],
         "skipped": sorted(trainer.engine.skipped),
         "digest": digest_of(b"".join(adapter[name].numpy().tobytes() for name in sorted(adapter))),
     }  # fmt: skip

@@ -22,6 +22,11 @@ from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {
+    "scheduled_sampling_max_step_offset": 0, "scheduled_sampling_strategy": "uniform", "scheduled_sampling_probability": 0.0,
+    "scheduled_sampling_prob_start": 0.0, "scheduled_sampling_prob_end": 0.5, "scheduled_sampling_ramp_steps": 0,
+    "scheduled_sampling_start_step": 0, "scheduled_sampling_ramp_shape": "linear", "scheduled_sampling_sampler": "unipc",
+    "scheduled_sampling_order": 2, "scheduled_sampling_reflexflow": False, "scheduled_sampling_reflexflow_alpha": 1.0,
+    "scheduled_sampling_reflexflow_beta1": 10.0, "scheduled_sampling_reflexflow_beta2": 1.0,
     "mask_normalise": True, "masked_loss_probability": 1.0, "regularisation_weight": 1.0,
     "mixed_precision": "bf16", "base_model_precision": "no_change", "tokenizer_max_length": 154,
     "lora_rank": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_targets": "attention",

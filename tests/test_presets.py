@@ -121,6 +121,10 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("77 tokens", {**MEDIUM, "tokenizer_max_length": 77}, MEDIUM),
     ("zeros for no text", {**MEDIUM, "sd3_t5_uncond_behaviour": "zero"}, MEDIUM),
     ("a tenth of AdamW's rate", {**MEDIUM, "optimizer": "lion"}, {**MEDIUM, "optimizer": "lion", "learning_rate": 1e-5}),
+    ("no picture is ever rolled out", {**MEDIUM, "scheduled_sampling_max_step_offset": 2, "scheduled_sampling_prob_end": 0.5},
+     {**MEDIUM, "scheduled_sampling_max_step_offset": 2, "scheduled_sampling_ramp_steps": 5}),
+    ("scheduled sampling is off", {**MEDIUM, "scheduled_sampling_probability": 0.5},
+     {**MEDIUM, "scheduled_sampling_probability": 0.5, "scheduled_sampling_max_step_offset": 2}),
 )  # fmt: skip
 
 

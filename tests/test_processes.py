@@ -76,9 +76,17 @@ def write_job(folder: Path, data: Path, config: st.RunConfig, **more: Any) -> Pa
     return job
 
 
+ALL: dict[str, Any] = {
+    "guard_policy": "skip", "caption_dropout_mode": "per_encoder", "caption_dropout_probability": 0.3, "input_perturbation": 0.05,
+    "latent_draw": "sample", "masked_loss_probability": 0.7, "scheduled_sampling_max_step_offset": 2,
+    "scheduled_sampling_probability": 0.5,
+}  # fmt: skip
+"""Everything that is drawn for an image."""
+
+
 def told(data: Path, name: str, count: int) -> list[dict[str, Any]]:
     """Train with so many processes; what each of them wrote down."""
-    config = st.presets.playground(**settings(data, num_processes=count, train_batch_size=2 // count, guard_policy="skip"))
+    config = st.presets.playground(**settings(data, num_processes=count, train_batch_size=2 // count, **ALL))
     job = write_job(data / name, data, config, poison=14, slower_from=5)
     command = [*(TORCHRUN if count == 2 else [sys.executable]), str(SEVERAL), str(job)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
@@ -98,7 +106,8 @@ def flat(rows: list[Any]) -> torch.Tensor:
 def test_two_processes_are_one(data: Path) -> None:
     """2 x 1 against 1 x 2 over 20 updates of 2 batches: the same losses and adapter, to 1e-5.
 
-    With masks, regularisation, short batches, a rate that a person lowers after update 5, and a poisoned picture that the guard skips.
+    With masks, regularisation, rollouts, short batches, a rate that a person lowers after update 5, and a poisoned picture that the guard
+    skips.
     """
     first, second = told(data, "two", 2)
     (alone,) = told(data, "one", 1)
@@ -111,6 +120,8 @@ def test_two_processes_are_one(data: Path) -> None:
     assert first["items"] == alone["items"], "the same pictures in the same order"
     assert first["rates"] == second["rates"] == alone["rates"]
     assert first["rates"][5] == first["rates"][4] / 4, "what a person asks of the main process reaches both at the same update"
+    assert first["extra"] == second["extra"] == alone["extra"]
+    assert sum(first["extra"]) > 0, "some pictures were rolled out"
     assert first["skipped"] == second["skipped"] == alone["skipped"] == [7], "the guard's verdict, too"
     for name in ("losses", "norms"):
         assert torch.allclose(flat(first[name]), flat(alone[name]), rtol=1e-5, atol=1e-6), name

@@ -37,6 +37,20 @@ def _lion(config: RunConfig) -> bool:
     return "lion" in config.optimizer.optimizer
 
 
+def _never_rolled(config: RunConfig) -> bool:
+    o = config.objective
+    highest = max(o.scheduled_sampling_prob_start, o.scheduled_sampling_prob_end)
+    return o.scheduled_sampling_max_step_offset > 0 and not (
+        highest if o.scheduled_sampling_ramp_steps else o.scheduled_sampling_probability
+    )
+
+
+def _rollouts_off(config: RunConfig) -> bool:
+    o = config.objective
+    asked = o.scheduled_sampling_probability > 0 or o.scheduled_sampling_ramp_steps > 0 or o.scheduled_sampling_reflexflow
+    return not o.scheduled_sampling_max_step_offset and asked
+
+
 ROWS: tuple[tuple[Callable[[RunConfig], bool], str, str], ...] = (
     (
         lambda c: _large(c) and not _lion(c) and c.optimizer.optimizer != "prodigy" and c.optimizer.learning_rate >= 4e-5,
@@ -79,6 +93,14 @@ ROWS: tuple[tuple[Callable[[RunConfig], bool], str, str], ...] = (
     (
         lambda c: _lion(c) and c.optimizer.learning_rate >= 5e-5,
         "Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4", "Chen et al. 2023, section 5",
+    ),
+    (
+        _never_rolled, "no picture is ever rolled out: scheduled_sampling_probability is 0, and there is no ramp",
+        "the settings themselves",
+    ),
+    (
+        _rollouts_off, "scheduled sampling is off, whatever its other settings say: scheduled_sampling_max_step_offset is 0",
+        "the settings themselves",
     ),
 )  # fmt: skip
 

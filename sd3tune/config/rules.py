@@ -1,4 +1,4 @@
-"""What is wrong with settings of noise levels and of the update rule that are each legal alone."""
+"""What is wrong with settings of noise levels, of rollouts and of the update rule that are each legal alone."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def noise_problems(noise: Noise) -> Iterator[str]:
     weights = noise.flow_cubic_schedule_weights
     if weights is not None and (len(weights) < 2 or not any(weights)):
         yield f"flow_cubic_schedule_weights: {list(weights)} is no density; give at least two weights, one of them above 0"
+
+
+def rollout_problems(config: RunConfig) -> Iterator[str]:
+    """Sentences about scheduled sampling."""
+    o, steps = config.objective, config.max_train_steps
+    if not o.scheduled_sampling_max_step_offset:
+        return
+    if steps and o.scheduled_sampling_start_step >= steps:
+        yield (
+            f"scheduled_sampling_start_step ({o.scheduled_sampling_start_step}) is not before the end of the run (max_train_steps = "
+            f"{steps}), so nothing would be rolled out; lower it"
+        )
+    if o.scheduled_sampling_reflexflow and not o.scheduled_sampling_reflexflow_beta1 + o.scheduled_sampling_reflexflow_beta2:
+        yield (
+            "scheduled_sampling_reflexflow_beta1 and _beta2 are both 0, so a rolled picture would teach nothing; raise one, or switch "
+            "scheduled_sampling_reflexflow off"
+        )
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[str]:

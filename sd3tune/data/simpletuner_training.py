@@ -1,4 +1,4 @@
-"""What SimpleTuner means by its settings of noise levels, optimizer and clipping, where ours need other words."""
+"""What SimpleTuner means by its settings of noise levels, rollouts, optimizer and clipping, where ours need other words."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ UNCONDITIONAL = ("sd3_clip_uncond_behaviour", "sd3_t5_uncond_behaviour")
 CLIPPING = {"grad_clip_method": "value", "max_grad_norm": 2.0}
 """What theirs are when they are not set."""
 
+SAMPLER_STEPS = 28
+"""Steps of the sampler that our rollouts count in."""
+
 Fate = Literal["taken over", "renamed", "already the default", "not needed", "no counterpart", "was silently ignored there"]
 Notes = dict[str, tuple[Fate, str]]
 """Setting -> what became of it and why."""
@@ -34,6 +37,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
         _masks(made, notes, masks)
     _unconditional(made, notes)
     _noise(made, notes)
+    _rollout(made, notes)
     _optimizer(made, notes)
     unset = [name for name in CLIPPING if name not in made]
     for name in unset:
@@ -82,6 +86,36 @@ def _noise(made: dict[str, Any], notes: Notes) -> None:
     elif made.get("flow_schedule_shift") == 0 and made["flow_schedule_shift"] is not False:
         made["flow_schedule_shift"] = 1.0
         notes["flow_schedule_shift"] = ("taken over", "0 switched it off there; flow_schedule_shift = 1.0 does here")
+
+
+def _rollout(made: dict[str, Any], notes: Notes) -> None:
+    """There a step is a timestep of 1000, each walk is Euler's, the target stays noise - picture, and ReflexFlow comes by itself."""
+    prefix = "scheduled_sampling_"
+    offset = made.get(f"{prefix}max_step_offset")
+    reflex = f"{prefix}reflexflow"
+    if made.get(reflex, True) is None:
+        made.pop(reflex)
+    if not isinstance(offset, int) or offset <= 0:
+        return
+    steps = max(1, min(round(offset * SAMPLER_STEPS / 1000), SAMPLER_STEPS))
+    made[f"{prefix}max_step_offset"] = steps
+    said = f"{offset} timesteps of 1000 there; here it counts steps of a {SAMPLER_STEPS}-step sampler, of which the nearest is {steps}"
+    notes[f"{prefix}max_step_offset"] = ("taken over", said)
+    if reflex not in made:
+        made[reflex] = True
+        said = (
+            "it is not set, which means on there as soon as pictures are rolled out; here it acts on those alone, and false leaves it out"
+        )
+        notes[reflex] = ("taken over", said)
+    made[f"{prefix}target"] = "straight"
+    notes[f"{prefix}target"] = ("taken over", "straight: there the target stays noise - picture; reaimed leads back to the picture")
+    for name in ("sampler", "order"):
+        if f"{prefix}{name}" in made:
+            notes[f"{prefix}{name}"] = ("taken over", "there SD3 walks by Euler whatever it says; here it is obeyed")
+    if made.get(f"{prefix}ramp_steps") and not made.get(f"{prefix}prob_start"):
+        share = made.get(f"{prefix}probability", 0.0)
+        said = f"a start of 0 means scheduled_sampling_probability ({share:g}) there, so the ramp began at that; here 0 is 0"
+        notes[f"{prefix}prob_start"] = ("taken over", said)
 
 
 def _is_number(text: str) -> bool:

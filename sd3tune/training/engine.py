@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,10 +45,11 @@ class Engine:
 
     def __init__(
         self, velocity: flow.Velocity, weights: Mapping[str, nn.Parameter], batches: Batches, rules: Rules,
-        prior: flow.Velocity | None = None, processes: Processes = ALONE,
+        prior: flow.Velocity | None = None, walker: flow.Velocity | None = None, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.processes = processes
         self.velocity, self.weights, self.batches, self.rules, self.prior = velocity, dict(weights), batches, rules, prior
+        self._walker = walker
         self.updates = 0
         self._scale, self._calm = (HIGHEST_SCALE if rules.scaled else 1.0), 0
         self._optimizer = new_optimizer(rules.rule, self.weights, seed=rules.seed)
@@ -102,6 +104,7 @@ class Engine:
             step=step, loss=mean_loss(parts, regularisation=False), regularisation_loss=mean_loss(parts, regularisation=True),
             losses=losses, sigmas=levels, items=items, learning_rate=rate, grad_norm=grad_norm, seconds=seconds,
             images_per_second=len(items) / seconds, peak_memory_bytes=peak_memory(self._device),
+            extra_forwards=sum(part.extra_forwards for part in parts),
         )  # fmt: skip
 
     def rate(self, peak: float) -> float:
@@ -198,18 +201,18 @@ class Engine:
                 self._scale = min(2 * self._scale, HIGHEST_SCALE)
 
     def seconds_per_update(self) -> float:
-        """Time of one update's forward and backward passes, the second of two tries; changes nothing."""
+        """Time of one update's forward and backward passes without rollouts, the second of two tries; changes nothing."""
         for _ in range(2):
             started = time.perf_counter()
             with torch.random.fork_rng(devices=[]):
-                self._backward(0, 1)
+                self._backward(0, 1, rolled=False)
             self._optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - started
         return seconds * self.rules.accumulation
 
-    def _backward(self, k: int, images: int) -> Part:
+    def _backward(self, k: int, images: int, *, rolled: bool = True) -> Part:
         """Add batch ``k``'s share of the gradient of the mean loss over the update's ``images`` images."""
-        loss, part = self._forward(k)
+        loss, part = self._forward(k, rolled=rolled)
         if loss.requires_grad:  # not where this process has no image of the batch
             (loss / images * self._scale).backward()  # type: ignore[no-untyped-call]
         return part
@@ -219,12 +222,16 @@ class Engine:
         """The loss of some batches before anything is learned, as a share of what predicting nothing costs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(self.rules.seed, 0, 9))
-            parts = [self._forward(k)[1] for k in range(RECENT)]
+            parts = [self._forward(k, rolled=False)[1] for k in range(RECENT)]
         loss, nothing = share_of_nothing(with_measured(parts, self.processes.sum(measured(parts))))
         return loss / nothing
 
-    def _forward(self, k: int) -> tuple[Tensor, Part]:
-        return forward(k, self.batches, self.rules, velocity=self.velocity, prior=self.prior, device=self._device, processes=self.processes)
+    def _forward(self, k: int, *, rolled: bool = True) -> tuple[Tensor, Part]:
+        rules = self.rules if rolled else replace(self.rules, rollout=None)
+        return forward(
+            k, self.batches, rules, velocity=self.velocity, prior=self.prior, device=self._device, walker=self._walker,
+            processes=self.processes,
+        )  # fmt: skip
 
     @contextmanager
     def judged(self) -> Iterator[None]:

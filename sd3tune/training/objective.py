@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3tune.errors import TrainingError
 from sd3tune.processes import Processes
-from sd3tune.training import flow, sigmas
+from sd3tune.training import flow, rollout, sigmas
 from sd3tune.training.batches import Batch, Batches, generator, noise
 from sd3tune.training.rules import Rules
 
@@ -31,6 +31,8 @@ class Part:
     nothing_B: Tensor
     """The loss of predicting zero."""
     regularisation: bool = False
+    extra_forwards: int = 0
+    """Images that went through the model for a rollout."""
 
 
 def mean_loss(parts: Sequence[Part], *, regularisation: bool) -> float | None:
@@ -47,22 +49,26 @@ def share_of_nothing(parts: Sequence[Part]) -> tuple[float, float]:
 
 def measured(parts: Sequence[Part]) -> Tensor:
     """All that was measured, in one row."""
-    return torch.cat([part.loss_B for part in parts] + [part.nothing_B for part in parts])
+    passes = torch.tensor([float(part.extra_forwards) for part in parts], device=parts[0].loss_B.device)
+    return torch.cat([*(part.loss_B for part in parts), *(part.nothing_B for part in parts), passes])
 
 
 def with_measured(parts: Sequence[Part], row: Tensor) -> list[Part]:
     """Undo `measured`."""
     sizes = [len(part.ids) for part in parts]
-    values = torch.split(row, [*sizes, *sizes])
-    losses, nothings = values[: len(parts)], values[len(parts) :]
-    return [replace(part, loss_B=loss_B, nothing_B=n_B) for part, loss_B, n_B in zip(parts, losses, nothings, strict=True)]
+    losses, nothings, passes = torch.split(row, [sum(sizes), sum(sizes), len(parts)])
+    rows = zip(parts, torch.split(losses, sizes), torch.split(nothings, sizes), passes.tolist(), strict=True)
+    return [replace(part, loss_B=loss_B, nothing_B=nothing_B, extra_forwards=round(count)) for part, loss_B, nothing_B, count in rows]
 
 
 def forward(
     k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device,
-    processes: Processes = ALONE,
+    walker: flow.Velocity | None = None, processes: Processes = ALONE,
 ) -> tuple[Tensor, Part]:  # fmt: skip
-    """The sum of the weighted losses of this process's images of batch ``k``, and what was measured of it. Raises: TrainingError."""
+    """The sum of the weighted losses of this process's images of batch ``k``, and what was measured of it. Raises: TrainingError.
+
+    ``walker`` is the velocity as a sampler calls it, for rollouts.
+    """
     ids = batches.ids(k)
     places = processes.places(len(ids))
     batch = batches.part(k, places or range(1))
@@ -75,27 +81,48 @@ def forward(
     part = Part(ids, whole_B, zero_B, zero_B, batch.regularisation)
     if not places:
         return torch.zeros((), device=device), part
-    sigma_B = whole_B[list(places)]
-    shape = batch.latent_BCHW.shape
-    latent_BCHW = batch.latent_BCHW.float().to(device)
-    noise_BCHW, extra_BCHW = noise(shape, seed=rules.seed, k=k, places=places).to(device), None
+    sigma_B, shape = whole_B[list(places)], batch.latent_BCHW.shape
+    points = rollout.Points(
+        batch.latent_BCHW.float().to(device), noise(shape, seed=rules.seed, k=k, places=places).to(device), sigma_B.to(device),
+        batch.joint_BLD.to(device), batch.pooled_BP.to(device),
+    )  # fmt: skip
+    extra_BCHW = None
     if rules.perturbation:
         extra_BCHW = rules.perturbation * noise(shape, seed=rules.seed, k=k, purpose=8, places=places).to(device)
-    loss_B = flow.loss(
-        velocity, latent_BCHW, batch.joint_BLD.to(device), batch.pooled_BP.to(device),
-        sigma_B=sigma_B.to(device), noise_BCHW=noise_BCHW, measure=rules.measure, extra_BCHW=extra_BCHW,
-        mask_BHW=None if batch.mask_BHW is None else batch.mask_BHW.to(device), mask_normalise=rules.mask_normalise,
-        prior=_prior_of(batch, prior),
-    )  # fmt: skip
-    weighted_B = loss_B if rules.weighting == "none" else loss_B * flow.weight(sigma_B, rules.weighting).to(device)
+    paths: tuple[tuple[float, ...], ...] = ()
+    if rules.rollout is not None:
+        update = k // rules.accumulation
+        paths = rules.rollout.paths(sigma_B.tolist(), factor, seed=rules.seed, k=k, update=update, places=places)
+    found = _losses(batch, rules, points, extra_BCHW, paths, velocity=velocity, prior=_prior_of(batch, prior), walker=walker or velocity)
+    weighted_B = found.learned_B
+    if rules.weighting != "none":
+        weighted_B = weighted_B * flow.weight(sigma_B, rules.weighting).to(device)
     if batch.regularisation:
         weighted_B = rules.regularisation_weight * weighted_B
-    nothing_B = rules.measure.of(flow.target(latent_BCHW, noise_BCHW)).flatten(1).mean(1)
-    if len(places) == len(ids):
-        return weighted_B.sum(), replace(part, loss_B=loss_B.detach(), nothing_B=nothing_B)
-    at = torch.tensor(list(places), device=device)
-    own = replace(part, loss_B=zero_B.index_copy(0, at, loss_B.detach()), nothing_B=zero_B.index_copy(0, at, nothing_B))
-    return weighted_B.sum(), own
+    nothing_B, loss_B = rules.measure.of(found.target_BCHW).flatten(1).mean(1), found.loss_B.detach()
+    if len(places) < len(ids):
+        at = torch.tensor(list(places), device=device)
+        loss_B, nothing_B = zero_B.index_copy(0, at, loss_B), zero_B.index_copy(0, at, nothing_B)
+    return weighted_B.sum(), replace(part, loss_B=loss_B, nothing_B=nothing_B, extra_forwards=found.passes)
+
+
+def _losses(
+    batch: Batch, rules: Rules, points: rollout.Points, extra_BCHW: Tensor | None, paths: Sequence[Sequence[float]], *,
+    velocity: flow.Velocity, prior: flow.Velocity | None, walker: flow.Velocity,
+) -> rollout.Losses:  # fmt: skip
+    """The losses of a batch, some of whose images may have walked; those are not perturbed."""
+    mask_BHW = None if batch.mask_BHW is None else batch.mask_BHW.to(points.latent_BCHW.device)
+    rolled = None if rules.rollout is None else rollout.roll(rules.rollout, walker, points, extra_BCHW, paths)
+    if rules.rollout is not None and rolled is not None:
+        return rollout.loss(
+            rules.rollout, rolled, points, velocity, walker, measure=rules.measure, mask_BHW=mask_BHW, mask_normalise=rules.mask_normalise,
+            prior=prior,
+        )  # fmt: skip
+    loss_B = flow.loss(
+        velocity, points.latent_BCHW, points.joint_BLD, points.pooled_BP, sigma_B=points.sigma_B, noise_BCHW=points.noise_BCHW,
+        measure=rules.measure, extra_BCHW=extra_BCHW, mask_BHW=mask_BHW, mask_normalise=rules.mask_normalise, prior=prior,
+    )  # fmt: skip
+    return rollout.Losses(loss_B, loss_B, flow.target(points.latent_BCHW, points.noise_BCHW))
 
 
 def _prior_of(batch: Batch, prior: flow.Velocity | None) -> flow.Velocity | None:

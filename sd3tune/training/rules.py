@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sd3tune.training import flow
 from sd3tune.training.optim import Rule
+from sd3tune.training.rollout import Rollout
 from sd3tune.training.spreads import Spread
 
 ADAMW = Rule()
@@ -47,3 +48,5 @@ class Rules:
     """What the loss of a regularisation picture counts in the gradient."""
     ema_device: str | None = None
     """Where the average is kept; with the adapter when left out."""
+    rollout: Rollout | None = None
+    """Which images the model sees where it walked to itself; none when left out."""

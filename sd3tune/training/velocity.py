@@ -27,3 +27,22 @@ class TransformerVelocity:
                 hidden_states=noisy_BCHW.to(self._dtype), timestep=1000 * sigma_B, encoder_hidden_states=joint_BLD.to(self._dtype),
                 pooled_projections=pooled_BP.to(self._dtype), return_dict=False,
             )[0]  # fmt: skip
+
+
+class SamplerVelocity:
+    """A velocity as a sampler calls it, without dropout and without a gradient; modes of training and evaluation come back."""
+
+    def __init__(self, velocity: TransformerVelocity, network: Any = None) -> None:
+        self._velocity, self._models = velocity, [velocity.transformer, *([] if network is None else [network])]
+
+    def __call__(self, noisy_BCHW: Tensor, sigma_B: Tensor, joint_BLD: Tensor, pooled_BP: Tensor) -> Tensor:
+        """The velocity B C H W at these points."""
+        training = [model.training for model in self._models]
+        try:
+            for model in self._models:
+                model.eval()
+            with torch.no_grad():
+                return self._velocity(noisy_BCHW, sigma_B, joint_BLD, pooled_BP)
+        finally:
+            for model, was in zip(self._models, training, strict=True):
+                model.train(was)

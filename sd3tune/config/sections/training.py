@@ -99,6 +99,45 @@ class Objective:
     regularisation_weight: Annotated[
         float, about("What pictures of is_regularisation_data count in the gradient, beside 1 for the others.", low=0, high=1000)
     ] = 1.0
+    scheduled_sampling_max_step_offset: Annotated[
+        int,
+        about("Most steps of a 28-step sampler that the model walks a picture itself before it learns there; 0 is off.", low=0, high=28),
+    ] = 0
+    scheduled_sampling_strategy: Annotated[
+        Literal["uniform", "biased_early", "biased_late"], about("How many of them: any number alike, rather few, or rather many.")
+    ] = "uniform"
+    scheduled_sampling_probability: Annotated[
+        float, about("Share of the pictures that are rolled out like this, when there is no ramp.", low=0, high=1)
+    ] = 0.0
+    scheduled_sampling_prob_start: Annotated[float, about("That share where the ramp begins.", low=0, high=1)] = 0.0
+    scheduled_sampling_prob_end: Annotated[float, about("That share where the ramp ends, and from then on.", low=0, high=1)] = 0.5
+    scheduled_sampling_ramp_steps: Annotated[
+        int, about("Updates from one to the other; 0 means no ramp.", low=0, high=MANY, unit="updates")
+    ] = 0
+    scheduled_sampling_start_step: Annotated[
+        int, about("Updates before which nothing is rolled out; a ramp begins here.", low=0, high=MANY, unit="updates")
+    ] = 0
+    scheduled_sampling_ramp_shape: Annotated[Literal["linear", "cosine"], about("A straight ramp, or one with soft ends.")] = "linear"
+    scheduled_sampling_sampler: Annotated[
+        Literal["unipc", "euler", "dpm"], about("What walks: UniPC, Euler, or DPM-Solver++; a first step is the same with each.")
+    ] = "unipc"
+    scheduled_sampling_order: Annotated[int, about("Order of unipc and dpm; euler is of order 1.", low=1, high=2)] = 2
+    scheduled_sampling_target: Annotated[
+        Literal["reaimed", "straight"],
+        about("Velocity to find where a picture was rolled to: straight from there to the picture, or noise minus picture as ever."),
+    ] = "reaimed"
+    scheduled_sampling_reflexflow: Annotated[
+        bool, about("ReflexFlow on rolled pictures: learn the direction back, and weigh errors by what the walk changed.")
+    ] = False
+    scheduled_sampling_reflexflow_alpha: Annotated[
+        float, about("How much more frequencies count in which the walk changed the prediction.", low=0, high=1000)
+    ] = 1.0
+    scheduled_sampling_reflexflow_beta1: Annotated[
+        float, about("What the direction back counts in a rolled picture's loss, in proportion to beta2.", low=0, high=1000)
+    ] = 10.0
+    scheduled_sampling_reflexflow_beta2: Annotated[
+        float, about("What the velocity's error counts in it, in proportion to beta1.", low=0, high=1000)
+    ] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -112,18 +112,23 @@ def read(rows: Path) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], steps: list[int]) -> str:
     """For each number of updates and recipe: its best rate by the mean over seeds, and the paired difference of ours to it."""
-    lines = [
-        "| updates | recipe | best rate | loss, share of the base's | at its documented rate | seeds | ours - it (2 standard errors) |"
-    ]
-    lines.append("|---:|---|---:|---:|---:|---:|---:|")
+    names = (
+        "updates",
+        "recipe",
+        "best rate",
+        "loss, share of the base's",
+        "at its documented rate",
+        "seeds",
+        "ours - it (2 standard errors)",
+    )
+    lines = ["| " + " | ".join(names) + " |", "|---:|---|---:|---:|---:|---:|---:|"]
     for step in sorted(steps):
         ours = best(rows, "sd3tune", step)
         for recipe in RECIPES:
             rate, shares = best(rows, recipe, step)
             documented = statistics.mean(of(rows, recipe, step, DOCUMENTED[recipe]).values())
-            lines.append(
-                f"| {step} | {recipe} | {rate:g} | {statistics.mean(shares.values()):.4f} | {documented:.4f} | {len(shares)} | {apart(ours[1], shares)} |"
-            )
+            cells = [f"{step}", recipe, f"{rate:g}", f"{statistics.mean(shares.values()):.4f}", f"{documented:.4f}", f"{len(shares)}"]
+            lines.append("| " + " | ".join([*cells, apart(ours[1], shares)]) + " |")
     return "\n".join(lines)
 
 

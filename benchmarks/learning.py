@@ -1,9 +1,9 @@
 """How well do our defaults learn beside the field's recipes?
 
 The playground's base and pictures, rank 16, batches of 2, the same seeds: our defaults, the recipe of diffusers' example
-(train_dreambooth_lora_sd3.py), and SimpleTuner's documented defaults with an optimizer that does what its name says. Judged by the loss on the
-24 held-out pictures after 100, 300 and 1,000 updates, as a share of the base model's. The first seed tries five rates; the others run those
-that were best for it. Every run is one row of a file, so that an interrupted benchmark goes on; --table reads the file alone.
+(train_dreambooth_lora_sd3.py), and SimpleTuner's documented defaults with an optimizer that does what its name says. Judged by the loss on
+the 24 held-out pictures after 100, 300 and 1,000 updates, as a share of the base model's. The first seed tries five rates; the others run
+those that were best for it. Every run is one row of a file, so that an interrupted benchmark goes on; --table reads the file alone.
 python benchmarks/learning.py ROWS.jsonl [--seeds 3] [--steps 100 300 1000] [--table]
 """
 

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-FILES = ("STOP", "PAUSE", "SAVE", "SAMPLE")
-"""Files that a person may create in the run folder. All but PAUSE, which lasts as long as its file, are taken away when obeyed."""
+FILES = ("STOP", "PAUSE", "SET", "SAVE", "SAMPLE")
+"""Files that a person may create in the run folder; SET holds settings as YAML, such as ``learning_rate: 5e-5``.
+
+All but PAUSE, which lasts as long as its file, are taken away when obeyed.
+"""
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -19,12 +22,18 @@ class TerminatedError(KeyboardInterrupt):
 
 def asked(folder: Path) -> list[str]:
     """The control files that are there, in the order in which they are obeyed."""
-    return [name for name in FILES if (folder / name).exists()]
+    there = [name for name in FILES if (folder / name).exists()]
+    return [name for name in there if name != "SET" or (folder / name).stat().st_size]  # an empty one is still being written
 
 
-def take(folder: Path, name: str) -> None:
-    """Remove a control file that was obeyed."""
+def take(folder: Path, name: str) -> str:
+    """Remove a control file, to obey it; what was in it."""
+    try:
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
     (folder / name).unlink(missing_ok=True)
+    return text
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

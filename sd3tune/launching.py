@@ -32,11 +32,11 @@ class Launched:
     It has what a progress line asks of a trainer: ``run``, ``steps_done``, ``total``.
     """
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], *, updates: int = 0) -> None:
         self.output = Path(tempfile.mkdtemp(prefix="sd3tune-launch-")) / "output.txt"
         with self.output.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        self.steps_done, self.total = 0, 0
+        self.steps_done, self.total = 0, updates
 
     @property
     def folder(self) -> RunFolder | None:
@@ -86,20 +86,11 @@ class Launched:
         """Whole lines of the history, oldest first, as they were written."""
         if self.folder is None or not self.folder.history.exists():
             return []
-        if not self.total:
-            self.total = _steps(self.folder)
         whole = self.folder.history.read_bytes().rpartition(b"\n")[0]
         return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
 
     def _said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
-
-
-def _steps(folder: RunFolder) -> int:
-    try:
-        return int(json.loads(folder.manifest.read_text())["updates"])
-    except (OSError, ValueError, KeyError):
-        return 0
 
 
 def launch(run: str | Path, data: str | Path = "datasets.yaml", *, processes: int | None = None, **settings: Any) -> Launched:
@@ -113,7 +104,7 @@ def launch(run: str | Path, data: str | Path = "datasets.yaml", *, processes: in
     for name, value in settings.items():
         arguments += ["--set", f"{name}={json.dumps(value)}"]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
-    return Launched([sys.executable, *several, *arguments])
+    return Launched([sys.executable, *several, *arguments], updates=config.max_train_steps or 0)
 
 
 def _gpus() -> int:

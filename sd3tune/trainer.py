@@ -13,7 +13,7 @@ from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import begin, check_sizes, check_texts, checkpointing, plan_digest, rules_of, spec_of, write_adapter
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.advice import advice
-from sd3tune.config.reading import is_live
+from sd3tune.config.reading import is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
@@ -248,7 +248,10 @@ class Trainer:
                     yield WaitRecord(step=self.steps_done, why="paused; remove the file PAUSE to go on")
                 yield self.note("go_on")
                 continue
-            control.take(self.folder.path, name)
+            text = control.take(self.folder.path, name)
+            if name == "SET":
+                yield self.set_from(text)
+                continue
             yield self.note(name.lower())
             if name == "SAMPLE" and self.config.prompts:
                 yield from self.validation()
@@ -338,6 +341,15 @@ class Trainer:
         record = CommandRecord(step=self.steps_done, name="set", value=settings, refused=refused)
         self._tell(record)
         return record
+
+    def set_from(self, text: str) -> CommandRecord:
+        """The same with settings as YAML; what cannot be read is refused in the record."""
+        try:
+            return self.set(**mapping_of(text))
+        except ConfigError as error:
+            record = CommandRecord(step=self.steps_done, name="set", value=text, refused="; ".join(error.problems))
+            self._tell(record)
+            return record
 
     def _objection(self, settings: Mapping[str, Any]) -> str:
         """Why settings cannot be changed now; empty when they can."""

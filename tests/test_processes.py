@@ -21,7 +21,7 @@ import torch
 from conftest import Workbench
 
 import sd3tune as st
-from sd3tune import playground
+from sd3tune import panels, playground
 from sd3tune.processes import Processes, join
 from sd3tune.run_folder import RunFolder
 
@@ -185,23 +185,41 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(data: Path) -> No
     assert trainer.step().step == step + 1
 
 
-def test_launch_starts_follows_and_stops(data: Path) -> None:
-    """Two processes from Python: their records arrive, and a stop saves and ends both well."""
-    run = data / "launched.yaml"
-    st.presets.playground(**settings(data, output_dir=str(data / "runs" / "launched"), max_train_steps=5000)).save(run)
-    launched = st.launch(run, data / "datasets.yaml", processes=2, learning_rate=2e-4)
-    rates = []
-    for record in launched:
-        if isinstance(record, st.StepRecord):
-            rates.append(record.learning_rate)
-            if record.step == 4:
-                launched.stop()
-    assert max(rates) == 2e-4
-    assert launched.total == 5000
-    assert launched.folder is not None
-    assert launched.folder.read_checkpoint()["updates"] == launched.steps_done == len(rates)
-    config = st.RunConfig.load(launched.folder.config)
-    assert (config.run.num_processes, config.optimizer.learning_rate) == (2, 2e-4)
+def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
+    """Started, watched, changed, paused and stopped like a run in the kernel; all of it stands in the run's own history."""
+    config = st.presets.playground(**settings(data, output_dir=str(data / "runs" / "launched"), max_train_steps=5000))
+    cache = st.CacheBuilder(st.plan(st.discover(data / "datasets.yaml"), config), st.encoders(config)).build()
+    panel = panels.TrainingPanel(config, cache, make=panels.in_processes(data / "datasets.yaml", 2))
+    panel.start()
+    panel.wait(240, until=4)
+    panel.runner.send("set", learning_rate=2e-4)
+    panel.wait(60, until=lambda now: now.learning_rate == 2e-4)
+    panel.press("pause")
+    panel.wait(60, until="paused")
+    panel.press("go_on")
+    panel.wait(60, until=lambda now: now.state == "training" and now.step > 6)
+    panel.press("stop")
+    assert panel.wait(90).state == "stopped"
+    folder = RunFolder(data / "runs" / "launched")
+    history = folder.read_history()
+    commands = [(row["name"], row["refused"]) for row in history if row["type"] == "command"]
+    assert [row for row in commands if row[0] != "save"] == [("set", ""), ("pause", ""), ("go_on", ""), ("stop", "")]
+    assert folder.read_checkpoint()["updates"] == [row["step"] for row in history if row["type"] == "step"][-1]
+    assert st.RunConfig.load(folder.config).run.num_processes == 2
+
+
+def test_settings_by_a_file_are_taken_or_refused_in_words(bench: Workbench) -> None:
+    """SET holds YAML; what is no setting, not live or not YAML changes nothing and is said."""
+    trainer = bench.trainer(max_train_steps=6, validation_prompt=(), eval_loss_disable=True)
+    asked = ["learning_rate: 2e-4", "lora_rank: 3", "learning_rates: 1", "a: [", "just words", ""]
+    for record in trainer.run():
+        if isinstance(record, st.StepRecord) and asked:
+            (trainer.folder.path / "SET").write_text(asked.pop(0))
+    rows = [row for row in trainer.folder.read_history() if row["type"] == "command"]
+    assert [bool(row["refused"]) for row in rows] == [False, True, True, True, True]
+    for row, said in zip(rows, ["", "lora_rank cannot change", "learning_rates", "not valid YAML", "NAME: VALUE"], strict=True):
+        assert said in row["refused"]
+    assert trainer.config.optimizer.learning_rate == 2e-4
 
 
 def test_a_launch_that_fails_says_why(data: Path) -> None:

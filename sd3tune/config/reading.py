@@ -218,6 +218,17 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise ConfigError([f"{text!r}: the value is not valid YAML"], "--set") from None
 
 
+def mapping_of(text: str) -> dict[str, Any]:
+    """``"learning_rate: 5e-5"`` and further lines as names and values. Raises: ConfigError."""
+    try:
+        found = YAML(typ="safe", pure=True).load(text)
+    except NOT_YAML as error:
+        raise ConfigError([f"not valid YAML ({error})"], "settings") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
+        raise ConfigError([f"{text.strip()!r} is not a list of NAME: VALUE lines"], "settings")
+    return dict(found)
+
+
 def describe_settings() -> list[str]:
     """One line for each setting: name, default, meaning, unit, and whether it may change while training."""
     lines = []

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = ("", "_2", "_3")
+TEXT_NAMES = ("CLIP-L", "CLIP-G", "T5")
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 
 

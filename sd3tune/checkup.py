@@ -90,7 +90,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     need = memory.predict(config, side=64 if config.model.model_flavour == "playground" else 1024)
     gpu = torch.cuda.is_available()
     there = torch.cuda.mem_get_info()[1] if gpu else psutil.virtual_memory().total
-    fits = need.peak < there
+    fits = need.peak + (0 if gpu else need.held) < there
     where = f"this {'GPU' if gpu else 'machine'} has {there / 1e9:.1f} GB"
     yield Finding("ok" if fits else "bad", "needs", f"{need}; {where}" + ("" if fits else "; see sd3tune settings --presets"))
 

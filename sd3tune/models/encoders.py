@@ -20,6 +20,7 @@ from sd3tune.cache.states import Moments, PartStates, TextStates, whole
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.files import digest
+from sd3tune.models import room
 from sd3tune.models.components import (
     SUFFIXES,
     TEXT_NAMES,
@@ -35,7 +36,7 @@ from sd3tune.models.components import (
 )
 from sd3tune.models.freeing import give_back
 from sd3tune.models.loading import Weights, fill
-from sd3tune.models.quantize import is_quantised, smaller
+from sd3tune.models.quantize import expected_bytes, is_quantised, smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 VAE = "VAE"
 """What the autoencoder is called among the encoders."""
+
+SMALL_TILE = 512
+"""Side in px of the tiles in which a picture is encoded that does not fit as a whole."""
 
 
 class EncoderHandle:
@@ -130,8 +134,11 @@ class LoadedEncoders:
     def encode_images(self, pictures: Sequence[Image], *, tiled: bool = False) -> Moments:
         """Scaled posterior of pictures of one size: mean (z - shift_factor) * scaling_factor, deviation * scaling_factor."""
         vae = self._loaded(VAE)
-        if tiled:
-            vae.enable_tiling(True)
+        if tiled:  # its own tiles are as large as the pictures that SD3 knows
+            vae.enable_tiling()
+            side = min(vae.tile_sample_min_size, SMALL_TILE)
+            vae.tile_latent_min_size = vae.tile_latent_min_size * side // vae.tile_sample_min_size
+            vae.tile_sample_min_size = side
         pixels_BCHW = pixels(pictures).to(self._device, vae.dtype)
         posterior, scale = vae.encode(pixels_BCHW).latent_dist, vae.config.scaling_factor
         return Moments((posterior.mean - vae.config.shift_factor) * scale, posterior.std * scale)
@@ -205,6 +212,7 @@ def load_text_encoder(encoder_class: Any, folder: Path, precision: str, dtype: t
         assert isinstance(module, nn.Linear)
         return smaller(module, precision)
 
+    room.require(folder.name, expected_bytes(encoder, precision, rest=dtype.itemsize, without=tied), precision=precision, device=device)
     weights = Weights.of_folder(folder, stem="model").only(set(encoder.state_dict()) - tied)
     fill(encoder, weights, dtype=dtype, device=device, change=change, tied=tied, wide=wide)
     encoder.tie_weights()

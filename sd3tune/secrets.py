@@ -17,5 +17,5 @@ def without_secrets(text: str) -> str:
         if value := os.environ.get(name, "").strip():
             text = text.replace(value, HIDDEN)
     text = re.sub(r"\bhf_[A-Za-z0-9]{6,}", HIDDEN, text)
-    text = re.sub(r"([?&](?:token|access_token|api_key)=)[^&\s\"']+", rf"\1{HIDDEN}", text)
+    text = re.sub(r"([?&](?:token|access_token|api_key)=)[^&\s\"')]+", rf"\1{HIDDEN}", text)
     return re.sub(r"(\w://)[^/\s@]+@", rf"\1{HIDDEN}@", text)

@@ -577,6 +577,7 @@ def test_what_another_process_encodes_meanwhile_is_not_encoded_again(pots: Path)
     assert [r.step for r in records if r.kind not in ("pictures", "states")] == list(range(1, 23))
     assert sum(r.reused for r in records) >= 10
     assert len(fake.pictures) < 3
+    assert fake.texts == [], "what the last text encoder gives was there before it was asked"
 
 
 def test_a_picture_that_changes_after_the_plan(pots: Path) -> None:

@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
     """Load a public name when it is first asked for, so that ``import sd3tune`` stays quick."""
     if name not in _HOMES:
         raise AttributeError(f"module 'sd3tune' has no attribute {name!r}")
+    importlib.import_module("sd3tune.rocm").apply()  # before torch comes with what is asked for
     module = importlib.import_module(f"sd3tune.{_HOMES[name]}")
     return module if name == "presets" else getattr(module, name)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sd3tune import rocm
 from sd3tune.config.schema import RunConfig
+from sd3tune.secrets import without_secrets
 from sd3tune.shown import Shown
 
 State = Literal["ok", "note", "bad"]
@@ -27,7 +31,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.state:5} {self.what:10} {self.text}"
+        return f"{self.state:5} {self.what:10} {without_secrets(self.text)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +70,8 @@ def _machine() -> Iterator[Finding]:
     from sd3tune.models.components import pick_device
 
     yield Finding("ok", "Python", f"{platform.python_version()} on {platform.platform()}")
+    if driver := _driver():
+        yield Finding("ok", "driver", f"NVIDIA {driver}")
     toolkit = f", CUDA {torch.version.cuda}" if torch.version.cuda else f", ROCm {torch.version.hip}" if torch.version.hip else ""
     yield Finding("ok", "torch", f"{torch.__version__}{toolkit}")
     device = pick_device()
@@ -90,7 +96,7 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
     need = memory.predict(config, side=64 if config.model.model_flavour == "playground" else 1024)
     gpu = torch.cuda.is_available()
     there = torch.cuda.mem_get_info()[1] if gpu else psutil.virtual_memory().total
-    fits = need.peak < there
+    fits = need.peak + (0 if gpu else need.held) < there
     where = f"this {'GPU' if gpu else 'machine'} has {there / 1e9:.1f} GB"
     yield Finding("ok" if fits else "bad", "needs", f"{need}; {where}" + ("" if fits else "; see sd3tune settings --presets"))
 
@@ -116,18 +122,47 @@ def _disks(config: RunConfig | None) -> Iterator[Finding]:
 def _tools() -> Iterator[Finding]:
     import torch
 
-    wanted = {"g++": "g++", "ninja": "ninja-build"}
+    costs = {"g++": ("g++", "int4-quanto and int2-quanto"), "ninja": ("ninja-build", "int4-quanto and int2-quanto")}
     if torch.version.cuda:
-        wanted["nvcc"] = "nvidia-cuda-toolkit"
-    missing = {tool: package for tool, package in wanted.items() if not shutil.which(tool)}
-    if missing:
-        packages = " ".join(missing.values())
-        yield Finding("note", "tools", f"no {', '.join(missing)}: int4-quanto and int2-quanto cannot be built; apt install {packages}")
-    if torch.version.hip and importlib.util.find_spec("amdsmi") is None:
-        steps = "apt install amd-smi-lib; pushd /opt/rocm/share/amd_smi; python3 -m pip install .; popd"
-        yield Finding("note", "ROCm", f"amdsmi is missing, which reads the GPU's memory: {steps}")
+        costs["nvcc"] = ("nvidia-cuda-toolkit", "int4-quanto and int2-quanto on the GPU")
+    for tool, (package, formats) in costs.items():
+        if shutil.which(tool):
+            yield Finding("ok", "tools", f"{tool} {_version(tool)}".rstrip())
+        else:
+            yield Finding("note", "tools", f"no {tool}: {formats} cannot be built; apt install {package}")
+    if torch.version.hip:
+        yield from _rocm()
     if sys.platform == "darwin":
         yield Finding("note", "Apple", "use mixed_precision: no; fp8-quanto does not work here")
+
+
+def _version(tool: str) -> str:
+    """What a tool says of its version; the empty text when it does not."""
+    try:
+        said = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\d+\.\d+(?:\.\d+)*", said)
+    return found[0] if found else ""
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; the empty text when there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout.splitlines()[0].strip() if said.returncode == 0 and said.stdout.strip() else ""
+
+
+def _rocm() -> Iterator[Finding]:
+    if importlib.util.find_spec("amdsmi") is None:
+        yield Finding("note", "ROCm", f"amdsmi is missing, which reads the GPU's memory: {'; '.join(rocm.AMDSMI)}")
+    if late := rocm.missing(os.environ):
+        yield Finding("note", "ROCm", f"torch was imported before sd3tune could set {', '.join(late)}; import sd3tune's names first")
+    else:
+        yield Finding("ok", "ROCm", "; ".join(f"{name}={os.environ[name]}" for name in rocm.defaults()))
 
 
 def _optimizer(config: RunConfig) -> Iterator[Finding]:
@@ -150,6 +185,8 @@ def _hub(config: RunConfig) -> Iterator[Finding]:
     if model.model_flavour == "playground" or Path(name).exists() or not hub.is_name(name):
         yield Finding("ok", "model", "the playground, which comes with the package" if model.model_flavour == "playground" else name)
         return
+    if late := hub.late_endpoint():
+        yield Finding("note", "mirror", late)
     yield Finding(
         "ok" if hub.has_token() else "note", "token", "there is one" if hub.has_token() else "there is none; gated models need one"
     )

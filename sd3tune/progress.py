@@ -26,11 +26,12 @@ def building(builder: Iterable[CacheRecord]) -> Iterator[CacheRecord]:
     bar = None
     try:
         for record in builder:
-            what = "reading" if record.kind == "pictures" else "encoding"
+            what = {"pictures": "reading", "states": record.name}.get(record.kind, "encoding")
             if bar is None or bar.desc != f"{what}: ":
                 if bar is not None:
                     bar.close()
-                bar = tqdm(total=record.total, desc=what, unit="picture" if what == "reading" else "entry")
+                unit = {"pictures": "picture", "states": "text"}.get(record.kind, "entry")
+                bar = tqdm(total=record.total, desc=what, unit=unit, initial=record.step - 1)
             bar.update()
             if record.problem:
                 tqdm.write(f"{record.name}: {record.problem}")

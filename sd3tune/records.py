@@ -24,7 +24,8 @@ class Record:
 class CacheRecord(Record):
     """One entry of the cache is in place; ``reused`` when it already was. ``step`` counts entries.
 
-    ``problem`` says why there is no entry, or that a damaged one was encoded again.
+    ``problem`` says why there is no entry, or that a damaged one was encoded again. On the way there are records of another kind:
+    ``pictures`` that were hashed, and ``states`` of a text that one of its encoders (``name``) gave; ``step`` counts those.
     """
 
     type: ClassVar[str] = "cache"

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from sd3tune.cache.conditioning import Conditioning
-from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.states import Moments, PartStates, TextStates, whole
 
 
 class Fake:
     """Encoders that are functions of pixels, characters and of everything encoded together, and that count what they do."""
+
+    text_parts, held_bytes = ("CLIP-L", "CLIP-G", "T5"), 48
 
     def __init__(self, mark: str = "1") -> None:
         self.latent_fingerprint, self.text_fingerprint = f"vae {mark}", f"text {mark}"
@@ -35,8 +37,14 @@ class Fake:
         z = pixels[:, ::8, ::8].permute(0, 3, 1, 2).contiguous() / 255
         return Moments(z + z.mean() * 1e-3, z * 0.01 + 0.5)
 
-    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        self.texts.append(tuple(texts))
+    def encode_part(self, part: str, texts: Sequence[str]) -> list[PartStates]:
         group = float(sum(map(len, texts))) * 1e-3
         values = [float(int(hashlib.sha256(t.encode()).hexdigest()[:4], 16)) for t in texts]
-        return [TextStates(torch.full((2, 3), v + group), torch.full((4, 5), -v), torch.full((6,), v)) for v in values]
+        if part != self.text_parts[-1]:
+            width = self.text_parts.index(part) + 1
+            return [PartStates(torch.full((2, width), v + group), torch.full((2 * width,), v)) for v in values]
+        self.texts.append(tuple(texts))
+        return [PartStates(torch.full((4, 5), -v), None) for v in values]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
+        return [whole(parts) for parts in zip(*(self.encode_part(part, texts) for part in self.text_parts), strict=True)]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import Workbench
 
 import sd3tune as st
+from sd3tune import checkup, rocm
 from sd3tune.cli import main
 from sd3tune.models import capabilities, hub
 from sd3tune.models.capabilities import FORMATS, NEAREST, PRECISIONS, needed, probe, problems
+from sd3tune.secrets import without_secrets
 
 
 def test_what_works_is_really_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,3 +92,103 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert "ok    token      there is one" in said
     assert "hf_secret" not in said
     assert "playground, which comes with the package" in str(st.doctor(st.presets.playground()))
+
+
+# --- made-up machines ------------------------------------------------------------------------------------------------
+
+
+def tools(folder: Path, **said: str) -> str:
+    """A PATH on which only these programs are, each of which prints something."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in said.items():
+        (folder / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (folder / name).chmod(0o755)
+    return str(folder)
+
+
+def test_versions_of_tools_and_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of what is there the version, of what is missing what it costs and the line that installs it."""
+    found = {"g++": "g++ (Ubuntu 13.3.0-6ubuntu2) 13.3.0", "nvcc": "(c) 2005-2024, compilation tools, release 12.4, V12.4.131",
+             "nvidia-smi": "550.54.15"}  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setenv("PATH", tools(tmp_path / "bin", **found))
+    assert [str(f).split(maxsplit=2)[2] for f in checkup._tools()] == [
+        "g++ 13.3.0", "no ninja: int4-quanto and int2-quanto cannot be built; apt install ninja-build", "nvcc 12.4",
+    ]  # fmt: skip
+    assert checkup._driver() == "550.54.15"
+    assert "ok    driver     NVIDIA 550.54.15" in map(str, checkup._machine())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkup._driver() == ""
+    said = "\n".join(f.text for f in checkup._tools())
+    assert "no g++: int4-quanto and int2-quanto cannot be built; apt install g++\n" in said
+    assert "no nvcc: int4-quanto and int2-quanto on the GPU cannot be built; apt install nvidia-cuda-toolkit" in said
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not any("nvcc" in f.text for f in checkup._tools())
+
+
+def test_rocm_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The guide's commands for amdsmi, in order, and whether the defaults came in time; nothing of it elsewhere."""
+    assert not any(f.what == "ROCm" for f in checkup._tools())
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    for name in rocm.defaults():
+        monkeypatch.delenv(name, raising=False)
+    lines = [f.text for f in checkup._tools() if f.what == "ROCm"]
+    assert lines[0].endswith(
+        "apt install amd-smi-lib; pushd /opt/rocm/share/amd_smi; python3 -m pip install --upgrade pip; python3 -m pip install .; popd"
+    )
+    assert lines[1].startswith("torch was imported before sd3tune could set PYTORCH_TUNABLEOP_ENABLED, PYTORCH_TUNABLEOP_FILENAME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    for name, value in rocm.defaults().items():
+        monkeypatch.setenv(name, value)
+    assert [f.text for f in checkup._tools() if f.what == "ROCm"][1:] == [
+        "PYTORCH_TUNABLEOP_ENABLED=1; PYTORCH_TUNABLEOP_FILENAME=/c/sd3tune/tunableop%d.csv"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hip", "before", "expected"),
+    [("'6.2.41133'", "", "1"), ("None", "", "None"), ("'6.2.41133'", "import torch; ", "None"), ("'6.2.41133'", "own", "0")],
+)
+def test_rocm_defaults_come_before_torch(tmp_path: Path, hip: str, before: str, expected: str) -> None:
+    """With the first public name, on ROCm alone, not when torch is there already, and never over the user's own value."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"from typing import Optional\ncuda: Optional[str] = None\nhip: Optional[str] = {hip}\n")
+    own = {"PYTORCH_TUNABLEOP_ENABLED": "0"} if before == "own" else {}
+    code = f"{before.replace('own', '')}import os, sd3tune; sd3tune.ConfigError; print(os.environ.get('PYTORCH_TUNABLEOP_ENABLED'))"
+    root = str(Path(st.__file__).parent.parent)
+    environment = {"PATH": "/bin", "HOME": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{root}", **own}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_no_token_is_ever_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one of the environment, nor one that an error carries, nor a password or token in an address."""
+    monkeypatch.setenv("HF_TOKEN", "plainsecret")
+    said = without_secrets("GET https://me:hf_abcdefgh@hub/x?token=qqq&a=1 with plainsecret, Bearer hf_zzzzzzzzzz")
+    assert said == "GET https://***@hub/x?token=***&a=1 with ***, Bearer ***"
+    import huggingface_hub.constants  # noqa: F401  (it reads the address now)
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:sesame@127.0.0.1:9")
+    rows = "\n".join(map(str, checkup._hub(st.RunConfig.make(model_flavour="sd35-medium"))))
+    assert "http://***@127.0.0.1:9 was set too late" in rows
+    assert "sesame" not in rows
+
+    busy = OSError("503 for https://me:sesame@hub/x?token=plainsecret")
+    busy.response = SimpleNamespace(status_code=503)  # type: ignore[attr-defined]
+    assert hub.explained(busy, "a/b") == "the hub answers 503; try again later (503 for https://***@hub/x?token=***)"
+
+
+def test_a_mirror_that_is_set_too_late_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub read it when it was imported; nothing is said when it was in time or not set."""
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hub.late_endpoint() == ""
+    monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.com/")
+    said = hub.late_endpoint()
+    assert said.startswith(f"HF_ENDPOINT=https://hf-mirror.com was set too late for models of captions and masks, which still come from "
+                           f"{constants.ENDPOINT}")  # fmt: skip
+    assert said.endswith("export HF_ENDPOINT=https://hf-mirror.com")
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hf-mirror.com")
+    assert hub.late_endpoint() == ""

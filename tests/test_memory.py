@@ -110,6 +110,73 @@ def test_bytes_of_the_update_rule(bench: Workbench, optimizer: str) -> None:
     assert need.adapter == pytest.approx(weights, rel=0.01)
 
 
+WIDE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "use_quant_conv": False,
+    "use_post_quant_conv": False, "sample_size": 1024,
+}  # fmt: skip
+"""The released autoencoder's shape. Source: its config.json."""
+
+
+def peak_of(work: Any) -> int:
+    """Most bytes that the allocator had given at once while something ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    held, most = 0, 0
+    for event in watched.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_bytes_of_the_autoencoders_work(what: str) -> None:
+    """At full width, at 128 px in fp32, within 15 %; its weights are counted to the last."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(**WIDE).eval()
+    assert sum(p.numel() for p in vae.parameters()) == memory.VAE_VALUES
+    assert vae.tile_sample_min_size == memory.TILE
+    given = torch.randn(1, 3, 128, 128) if what == "encode" else torch.randn(1, 16, 16, 16)
+    found = peak_of(lambda: getattr(vae, what)(given))
+    config = st.RunConfig.make(model_flavour="sd35-medium", vae_dtype="fp32")
+    units = memory.VAE_ENCODE if what == "encode" else memory.VAE_DECODE
+    assert memory.vae_bytes(config, units, (128, 128), 1) - 4 * memory.VAE_VALUES == pytest.approx(found, rel=0.15)
+
+
+def test_the_autoencoder_in_tiles_and_one_by_one() -> None:
+    """Slicing makes four pictures one; tiles bound a large picture and leave those of the models' own size as they are."""
+    plain, sliced, tiled = (
+        st.RunConfig.make(model_flavour="sd35-medium", **more) for more in ({}, {"vae_enable_slicing": True}, {"vae_enable_tiling": True})
+    )
+    weights = 2 * memory.VAE_VALUES
+
+    def work(config: st.RunConfig, size: tuple[int, int], images: int) -> float:
+        return memory.vae_bytes(config, memory.VAE_ENCODE, size, images) - weights
+
+    assert work(plain, (1024, 1024), 4) == 4 * work(sliced, (1024, 1024), 4) == 4 * 2 * 5.1 * 128 * 1024**2
+    assert work(tiled, (1024, 1024), 1) == work(plain, (1024, 1024), 1)
+    assert work(tiled, (2048, 2048), 1) == work(plain, (2048, 2048), 1) / 4
+
+
+def test_the_peak_before_training_is_one_encoder() -> None:
+    """T5 in bf16 and not the sum of three; what the CLIPs gave is in RAM; validation has the autoencoder beside the model."""
+    config = st.RunConfig.make(model_flavour="sd35-medium", vae_batch_size=4, validation_prompt="a pot")
+    need = memory.predict(config)
+    assert need.encoders == 2 * memory.ENCODERS[3] + memory.CONTEXT
+    assert memory.predict(config.replace(use_t5=False)).encoders == 2 * memory.ENCODERS[2] + memory.CONTEXT
+    assert need.held == 512 * 2**20
+    assert need.validation == pytest.approx(need.base + need.adapter + need.optimizer + need.context + need.drawing)
+    assert need.drawing == 2 * (memory.VAE_VALUES + 7.8 * 128 * 1024**2)
+    assert memory.predict(config.replace(validation_prompt=())).drawing == 0
+    assert need.peak == max(need.training, need.encoders)
+    assert "text encoders before it, one at a time, 10.2 GB and 0.5 GB of RAM; autoencoder before it 6.3 GB; validation" in str(need)
+
+
 def test_checkpointing_acts_and_changes_nothing(bench: Workbench) -> None:
     """Each block runs twice in an update, dropout included, and the losses and the adapter are the same."""
     counts, results = [], []

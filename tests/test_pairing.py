@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np, torch
 import sd3tune as st
 from sd3tune.cache.conditioning import Conditioning
-from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.states import Moments, PartStates
 from sd3tune.training.batches import Batches
 
 class Numbers:
@@ -30,9 +30,11 @@ class Numbers:
     def encode_images(self, pictures, *, tiled=False):
         mean = torch.tensor([float(np.asarray(p)[..., 0].mean()) for p in pictures])[:, None, None, None].expand(-1, 1, 2, 2)
         return Moments(mean, torch.zeros_like(mean))
-    def encode_texts(self, texts):
+    text_parts, held_bytes = ("CLIP-L", "CLIP-G", "T5"), 48
+    def encode_part(self, part, texts):
+        shapes = {"CLIP-L": (2, 1), "CLIP-G": (2, 2), "T5": (4, 3)}
         values = [float(t.split()[-1]) if t else -1.0 for t in texts]
-        return [TextStates(torch.full((2, 3), v), torch.full((4, 3), v), torch.full((3,), v)) for v in values]
+        return [PartStates(torch.full(shapes[part], v), None if part == "T5" else torch.full((2,), v)) for v in values]
 
 datasets, cache_dir, start, stop, step, sampled = sys.argv[1:7]
 config = st.presets.playground(cache_dir=cache_dir, validation_prompt=(), train_batch_size=3)

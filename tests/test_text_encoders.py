@@ -20,7 +20,7 @@ PARTS = ((CLIPTextModelWithProjection, "text_encoder"), (CLIPTextModelWithProjec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "nf4-bnb"])
 @pytest.mark.parametrize(("kind", "part"), PARTS, ids=lambda v: v if isinstance(v, str) else "")
 def test_the_same_encoder_to_the_last_bit(kind: Any, part: str, precision: str, dtype: torch.dtype) -> None:
     """Every tensor, and what it says of a text."""

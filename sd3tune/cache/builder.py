@@ -6,58 +6,27 @@ member is encoded whole: so a build that was killed ends bitwise as one that was
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from sd3tune.cache.decoding import Decoded, decode
+from sd3tune.cache.encoding import STATES, WORKERS, Group, Job, encoded
 from sd3tune.cache.findings import findings
 from sd3tune.cache.keys import latent_key, text_key
-from sd3tune.cache.masking import decode_mask, without_black
-from sd3tune.cache.memory import Halving
+from sd3tune.cache.masking import without_black
 from sd3tune.cache.reading import Cache, Coverage, mask_key_of
 from sd3tune.cache.states import Encoders, LoadedEncoders
-from sd3tune.cache.store import Entry, Store
+from sd3tune.cache.store import Store
+from sd3tune.cache.writing import Writer
 from sd3tune.data.buckets import Bucket, Placement
 from sd3tune.data.planning import Plan
 from sd3tune.data.seen import Seen, digests
 from sd3tune.records import CacheRecord
 
-WORKERS = max(1, min(8, os.cpu_count() or 1))
-"""Threads that decode pictures; Pillow frees the interpreter while it works."""
-
-AHEAD = 2
-"""Groups that are decoded before they are needed."""
-
-SHARD_BYTES = 64 * 2**20
-"""A shard is written when it has so many bytes, or ``write_batch_size`` entries."""
-
-
-class Job(NamedTuple):
-    """One entry that a plan needs: a cut of a picture, or a text."""
-
-    key: str
-    name: str
-    placement: Placement | None
-    text: str
-
-    def belongs_to(self, picture: Path) -> bool:
-        """Whether it is a cut of this picture."""
-        return self.placement is not None and self.placement.item.path in (picture, picture.absolute(), picture.resolve())
-
-
-class Group(NamedTuple):
-    """Jobs that are encoded together, those of them whose entry is missing, and what should be said of each."""
-
-    kind: str
-    jobs: list[Job]
-    wanted: Mapping[str, str]
-
 
 class CacheBuilder:
-    """Iterate to encode a plan: one record per picture that is hashed and per entry. `build` does it in one call.
+    """Iterate to encode a plan: a record per picture that is hashed, text that one encoder read, and entry. `build` does it in one call.
 
     ``part`` = (rank, of): this process encodes only its share of the groups; a build of all of them then finds every entry.
     Stopping between two records loses nothing, and a later iteration goes on.
@@ -73,7 +42,7 @@ class CacheBuilder:
 
     def cache(self, records: Sequence[CacheRecord]) -> Cache:
         """The cache of a finished iteration, which yielded ``records``. Raises: DataError when no picture is left to train on."""
-        entries = [record for record in records if record.kind != "pictures"]
+        entries = [record for record in records if record.kind not in ("pictures", STATES)]
         broken = {record.name: record.problem for record in records if record.kind == "pictures" and record.problem}
         lost = {r.key: r.problem for r in entries if r.problem and not self.store.has(r.kind, r.key)}
         if lost:  # by key and not by name: the same bytes may lie in several files
@@ -112,9 +81,21 @@ class CacheBuilder:
                     yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=True)
             if wanted:
                 missing.append(Group(kind, jobs, wanted))
-        for kind, job, said, reused in self._encoded(missing):
-            done += 1
-            yield CacheRecord(step=done, total=total, kind=kind, key=job.key, name=job.name, reused=reused, problem=said)
+        if missing:
+            yield from self._encoded(missing, done, total)
+
+    def _encoded(self, missing: list[Group], done: int, total: int) -> Iterator[CacheRecord]:
+        """Encode groups: a record per entry, which count on to the total, and one per text that an encoder read before the last did."""
+        texts = sum(len(group.jobs) for group in missing if group.kind == "texts")
+        read: Counter[str] = Counter()
+        with Writer(self.store, self.plan.write_batch_size) as writer:
+            for kind, key, name, said, reused in encoded(missing, self._encoders, self.store, writer):
+                if kind == STATES:
+                    read[name] += 1
+                    yield CacheRecord(step=read[name], total=texts, kind=kind, key=key, name=name, reused=False)
+                else:
+                    done += 1
+                    yield CacheRecord(step=done, total=total, kind=kind, key=key, name=name, reused=reused, problem=said)
 
     def _problems(self, kind: str, jobs: list[Job]) -> list[str | None]:
         """For each job: ``None`` when its entry is whole, else what should be said when it is encoded."""
@@ -142,43 +123,6 @@ class CacheBuilder:
             self.plan = self.plan.hashed(found)
             _remember(self.plan, set(found) - broken)
 
-    def _encoded(self, missing: list[Group]) -> Iterator[tuple[str, Job, str, bool]]:
-        """Encode groups and put their wanted members in place; yields kind, job, what should be said, and whether it was there."""
-        if not missing:
-            return
-        with self._encoders.load() as loaded, Writer(self.store, self.plan.write_batch_size) as writer:
-            images = Halving(loaded.encode_images, can_tile=True)
-            texts = Halving(lambda rows, tiled: loaded.encode_texts(rows), can_tile=False)
-            for group, decoded in _decoded_ahead(missing):
-                self.store.refresh()
-                if all(self.store.has(group.kind, key) for key, said in group.wanted.items() if not said) and not any(
-                    group.wanted.values()
-                ):
-                    yield from ((group.kind, job, "", True) for job in group.jobs if job.key in group.wanted)  # another process did it
-                    continue
-                if group.kind == "texts":
-                    entries = [
-                        (job, Entry(job.key, states._asdict(), size), said)
-                        for job, (states, size, said) in zip(group.jobs, texts([job.text for job in group.jobs]), strict=True)
-                    ]
-                elif group.kind == "masks":
-                    pairs = list(zip(group.jobs, decoded, strict=True))
-                    lost = [(job, r.problem) for job, r in pairs if r.weights_HW is None and job.key in group.wanted]
-                    yield from ((group.kind, job, said, False) for job, said in lost)
-                    entries = [(job, _mask_entry(job.key, r), "") for job, r in pairs if r.weights_HW is not None]
-                else:
-                    pairs = [(job, result) for job, result in zip(group.jobs, decoded, strict=True)]
-                    yield from ((group.kind, job, r.problem, False) for job, r in pairs if r.picture is None and job.key in group.wanted)
-                    whole = [(job, r, r.picture) for job, r in pairs if r.picture is not None]
-                    entries = [
-                        (job, Entry(job.key, {"mean_CHW": mean, "deviation_CHW": deviation}, size, r.facts), said)
-                        for (job, r, _), ((mean, deviation), size, said) in zip(whole, images([p for *_, p in whole]), strict=True)
-                    ]
-                for job, entry, said in entries:
-                    if job.key in group.wanted:
-                        writer.put(group.kind, entry)
-                        yield group.kind, job, "; ".join(filter(None, (group.wanted[job.key], said))), False
-
     def _groups(self) -> list[tuple[str, list[Job]]]:
         return [*self._text_groups(), *self._latent_groups(), *self._mask_groups()]
 
@@ -204,62 +148,6 @@ class CacheBuilder:
             for bucket in sorted(by_bucket)
             for chunk in _chunks([by_bucket[bucket][key] for key in sorted(by_bucket[bucket])], self.plan.vae_batch_size)
         ]
-
-
-def _mask_entry(key: str, decoded: Decoded) -> Entry:
-    import torch
-
-    return Entry(key, {"mask_HW": torch.from_numpy(decoded.weights_HW)}, 1, decoded.facts)
-
-
-class Writer:
-    """Collects entries and writes them as shards in a thread of its own; at the end of the block all are in place."""
-
-    def __init__(self, store: Store, entries: int) -> None:
-        self._store, self._most = store, entries
-        self._waiting: dict[str, list[Entry]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[None] | None = None
-
-    def put(self, kind: str, entry: Entry) -> None:
-        """Take an entry. Raises: FileError, also for those that were put before."""
-        rows = self._waiting.setdefault(kind, [])
-        rows.append(entry)
-        if len(rows) >= self._most or sum(t.nbytes for e in rows for t in e.tensors.values()) >= SHARD_BYTES:
-            self._write(kind)
-
-    def _write(self, kind: str) -> None:
-        rows = self._waiting.pop(kind)
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(self._store.write, kind, rows)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Write what is left, also when the iteration was stopped or failed."""
-        try:
-            for kind in list(self._waiting):
-                self._write(kind)
-            if self._writing is not None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown()
-
-
-def _decoded_ahead(groups: Iterable[Group]) -> Iterator[tuple[Group, list[Decoded]]]:
-    """Groups with their pictures, decoded by threads while the groups before them are encoded."""
-    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
-        waiting: list[tuple[Group, list[Future[Decoded]]]] = []
-        for group in groups:
-            read = decode_mask if group.kind == "masks" else decode
-            waiting.append((group, [pool.submit(read, job.placement) for job in group.jobs if job.placement]))
-            if len(waiting) > AHEAD:
-                first, futures = waiting.pop(0)
-                yield first, [future.result() for future in futures]
-        for group, futures in waiting:
-            yield group, [future.result() for future in futures]
 
 
 def _remember(plan: Plan, paths: set[str]) -> None:

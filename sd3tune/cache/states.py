@@ -31,6 +31,22 @@ class TextStates(NamedTuple):
     pooled_P: Tensor
 
 
+class PartStates(NamedTuple):
+    """What one text encoder gives of one text; T5 pools nothing."""
+
+    hidden_LD: Tensor
+    pooled_P: Tensor | None
+
+
+def whole(parts: Sequence[PartStates]) -> TextStates:
+    """The states of one text from what its encoders gave: the CLIPs side by side, then the last."""
+    import torch
+
+    *clips, last = parts
+    pooled = [part.pooled_P for part in clips if part.pooled_P is not None]
+    return TextStates(torch.cat([part.hidden_LD for part in clips], dim=-1), last.hidden_LD, torch.cat(pooled, dim=-1))
+
+
 def joined(rows: Sequence[TextStates]) -> tuple[Tensor, Tensor]:
     """Joint states B L D and pooled B P: CLIP padded with zeros to T5's width, then T5. Each value is copied once."""
     import torch
@@ -52,13 +68,21 @@ class Moments(NamedTuple):
 
 
 class LoadedEncoders(Protocol):
-    """Encoders in memory."""
+    """Encoders, of which one at a time is in memory: each is loaded when it is first asked for, in place of the one before."""
+
+    @property
+    def text_parts(self) -> Sequence[str]:
+        """Names of the text encoders, in the order in which `whole` takes what they give."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what all text encoders but the last give of one text."""
 
     def encode_images(self, pictures: Sequence[Image], *, tiled: bool = False) -> Moments:
         """The posterior of pictures of one size; ``tiled`` needs less memory."""
 
-    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        """The states of each text."""
+    def encode_part(self, part: str, texts: Sequence[str]) -> list[PartStates]:
+        """What one text encoder gives of each text, in the machine's memory."""
 
 
 class Shower(Protocol):
@@ -87,4 +111,4 @@ class Encoders(Protocol):
         """How their states reach the transformer."""
 
     def load(self) -> AbstractContextManager[LoadedEncoders]:
-        """Encoders for the duration of the block."""
+        """A scope at whose end no encoder is in memory any more."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from sd3tune.errors import DataError
+from sd3tune.secrets import without_secrets
 
 GUIDE = "bghira/pseudo-camera-10k"
 """The data set that SimpleTuner's guide trains on."""
@@ -39,7 +40,7 @@ def download_dataset(name: str = GUIDE, to: str | Path | None = None, *, endpoin
     except errors.OfflineModeIsEnabled:
         raise DataError(f"{name}: HF_HUB_OFFLINE is set, so nothing is fetched; unset it") from None
     except (OSError, HTTPError, errors.HfHubHTTPError) as error:  # what was fetched stays, for the next time
-        raise DataError(f"{name}: cannot be fetched ({error}); try again, it goes on where it stopped") from None
+        raise DataError(f"{name}: cannot be fetched ({without_secrets(str(error))}); try again, it goes on where it stopped") from None
     return folder
 
 

@@ -13,6 +13,7 @@ from sd3tune.data.datasets import Dataset
 from sd3tune.data.images import BROKEN, read_rgb
 from sd3tune.errors import DataError, ModelError
 from sd3tune.files import write_text
+from sd3tune.secrets import without_secrets
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _load(model: str) -> tuple[Any, Any]:
         network = AutoModelForImageTextToText.from_pretrained(model).eval()
         processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model}: cannot be loaded as an image-to-text model ({error})") from None
+        raise ModelError(f"{model}: cannot be loaded as an image-to-text model ({without_secrets(str(error))})") from None
     return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -18,15 +18,16 @@ from sd3tune import playground
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import FileError, ModelError
 from sd3tune.files import digest, file_digest
-from sd3tune.models import quantised_files, single_file
+from sd3tune.models import quantised_files, room, single_file
 from sd3tune.models.hub import FLAVOURS, fetched, is_name
 from sd3tune.models.loading import Change, Weights, fill
-from sd3tune.models.quantize import is_quantised, smaller
+from sd3tune.models.quantize import expected_bytes, is_quantised, smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = ("", "_2", "_3")
+TEXT_NAMES = ("CLIP-L", "CLIP-G", "T5")
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3")
 
 
@@ -93,6 +94,8 @@ def load_transformer(config: RunConfig, device: torch.device) -> Any:
     """The frozen transformer, read and quantised layer by layer; what was quantised once is read from the cache. Raises: ModelError."""
     weights, dtype = transformer_weights(config), rest_dtype(config)
     precision, modulation = config.model.base_model_precision, config.model.modulation_precision
+    need = expected_bytes(skeleton(config), precision, modulation=modulation, rest=dtype.itemsize)
+    room.require("transformer", need, precision=precision, device=device)
     if precision == "no_change":
         transformer = skeleton(config)
         fill(transformer, weights, dtype=dtype, device=device, change=_smaller(config))
@@ -169,8 +172,12 @@ def load_vae(config: RunConfig, device: torch.device) -> Any:
     """The autoencoder. Raises: ModelError."""
     from diffusers import AutoencoderKL
 
-    with named(model_folder(config) / "vae"):
-        vae = AutoencoderKL.from_pretrained(model_folder(config) / "vae", torch_dtype=vae_dtype(config))
+    folder = model_folder(config) / "vae"
+    with named(folder):
+        with torch.device("meta"):
+            empty = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+        room.require("vae", expected_bytes(empty, "no_change", rest=vae_dtype(config).itemsize), precision="", device=device)
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=vae_dtype(config))
     if config.model.vae_enable_tiling:
         vae.enable_tiling()
     if config.model.vae_enable_slicing:

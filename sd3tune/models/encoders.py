@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from sd3tune.cache.conditioning import Conditioning
-from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.states import Moments, PartStates, TextStates, whole
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.files import digest
+from sd3tune.models import room
 from sd3tune.models.components import (
     SUFFIXES,
+    TEXT_NAMES,
     TEXT_PARTS,
     compute_dtype,
     folder_digest,
@@ -33,11 +35,19 @@ from sd3tune.models.components import (
     pixels,
     vae_dtype,
 )
+from sd3tune.models.freeing import give_back
 from sd3tune.models.loading import Weights, fill
-from sd3tune.models.quantize import is_quantised, smaller
+from sd3tune.models.quantize import expected_bytes, is_quantised, smaller
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+VAE = "VAE"
+"""What the autoencoder is called among the encoders."""
+
+SMALL_TILE = 512
+"""Side in px of the tiles in which a picture is encoded that does not fit as a whole."""
 
 
 class EncoderHandle:
@@ -76,11 +86,16 @@ class EncoderHandle:
         vae, transformer = (self._json(f"{part}/config.json") for part in ("vae", "transformer"))
         area = sum(bucket.width * bucket.height for _, (_, _, _, bucket, _) in {(cut.item.path, cut.geometry) for cut in plan.cuts})
         latents = 2 * int(vae["latent_channels"]) * area // 64 * vae_dtype(self._config).itemsize
-        values = self._config.model.tokenizer_max_length * int(transformer["joint_attention_dim"])
+        t5 = self._config.model.tokenizer_max_length * int(transformer["joint_attention_dim"]) * compute_dtype(self._config).itemsize
+        return latents + len(plan.texts) * (t5 + self._clip_bytes())
+
+    def _clip_bytes(self) -> int:
+        """Bytes of what both CLIPs give of one text."""
+        values = 0
         for suffix in SUFFIXES[:2]:
             clip, tokenizer = self._json(f"text_encoder{suffix}/config.json"), self._json(f"tokenizer{suffix}/tokenizer_config.json")
             values += int(tokenizer.get("model_max_length", 77)) * int(clip["hidden_size"]) + int(clip["projection_dim"])
-        return latents + len(plan.texts) * values * compute_dtype(self._config).itemsize
+        return values * compute_dtype(self._config).itemsize
 
     def _json(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self._folder / name).read_text())
@@ -88,8 +103,8 @@ class EncoderHandle:
 
     @contextmanager
     def load(self) -> Iterator[LoadedEncoders]:
-        """Encoders for the duration of the block; memory is given back at its end."""
-        loaded = LoadedEncoders(self._config, torch.device(self._device) if self._device else pick_device())
+        """A scope in which each encoder is loaded when it is needed, in place of the one before; memory is given back at its end."""
+        loaded = LoadedEncoders(self._config, torch.device(self._device) if self._device else pick_device(), self._clip_bytes())
         try:
             yield loaded
         finally:
@@ -102,42 +117,50 @@ def encoders(config: RunConfig, *, device: str | None = None) -> EncoderHandle:
 
 
 class LoadedEncoders:
-    """Autoencoder and text encoders; each is loaded when first asked for, and the two never lie in memory together."""
+    """Autoencoder and text encoders, of which one at a time lies in memory: the one that was asked last."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
-        self._vae: Any = None
-        self._texts: list[tuple[Any, Any]] = []
+    text_parts = TEXT_NAMES
+
+    def __init__(self, config: RunConfig, device: torch.device, held_bytes: int) -> None:
+        self._config, self._device, self.held_bytes = config, device, held_bytes
+        self._name = ""
+        self._held: Any = None
 
     def release(self) -> None:
         """Give the memory back."""
-        self._vae, self._texts = None, []
+        self._name, self._held = "", None
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back()
+
+    def _loaded(self, name: str) -> Any:
+        """The autoencoder, or a text encoder with its tokenizer, in place of the one before."""
+        if self._name != name:
+            self.release()
+            self._held = load_vae(self._config, self._device) if name == VAE else self._load_text(TEXT_NAMES.index(name))
+            self._name = name
+        return self._held
 
     @torch.no_grad()
     def encode_images(self, pictures: Sequence[Image], *, tiled: bool = False) -> Moments:
         """Scaled posterior of pictures of one size: mean (z - shift_factor) * scaling_factor, deviation * scaling_factor."""
-        if self._vae is None:
-            self.release()
-            self._vae = load_vae(self._config, self._device)
-        if tiled:
-            self._vae.enable_tiling(True)
-        pixels_BCHW = pixels(pictures).to(self._device, self._vae.dtype)
-        posterior, scale = self._vae.encode(pixels_BCHW).latent_dist, self._vae.config.scaling_factor
-        return Moments((posterior.mean - self._vae.config.shift_factor) * scale, posterior.std * scale)
+        vae = self._loaded(VAE)
+        if tiled:  # its own tiles are as large as the pictures that SD3 knows
+            vae.enable_tiling()
+            side = min(vae.tile_sample_min_size, SMALL_TILE)
+            vae.tile_latent_min_size = vae.tile_latent_min_size * side // vae.tile_sample_min_size
+            vae.tile_sample_min_size = side
+        pixels_BCHW = pixels(pictures).to(self._device, vae.dtype)
+        posterior, scale = vae.encode(pixels_BCHW).latent_dist, vae.config.scaling_factor
+        return Moments((posterior.mean - vae.config.shift_factor) * scale, posterior.std * scale)
 
     @torch.no_grad()
     def decode_latents(self, latent_BCHW: Tensor) -> list[Image]:
         """The pictures of scaled latents, as the pipeline shows them."""
         from PIL import Image
 
-        if self._vae is None:
-            self.release()
-            self._vae = load_vae(self._config, self._device)
-        z_BCHW = latent_BCHW.to(self._device, self._vae.dtype) / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        pixels_BHWC = (self._vae.decode(z_BCHW).sample.float().clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+        vae = self._loaded(VAE)
+        z_BCHW = latent_BCHW.to(self._device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        pixels_BHWC = (vae.decode(z_BCHW).sample.float().clamp(-1, 1).add(1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
         return [Image.fromarray(picture.numpy()) for picture in pixels_BHWC]
 
     def tokens_seen(self, texts: Sequence[str]) -> list[str]:
@@ -146,60 +169,46 @@ class LoadedEncoders:
 
         return ["; ".join(map(str, counts)) for counts in count_tokens(self._config, texts)]
 
-    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
         """CLIP's penultimate states side by side, T5's last, and both pooled vectors, as diffusers' pipeline makes them."""
-        if not self._texts:
-            self.release()
-            self._texts = self._load_texts()
-        hidden, pooled = [], []
-        for tokenizer, encoder in self._texts[:2]:
-            out = encoder(self._tokens(tokenizer, texts, tokenizer.model_max_length).input_ids, output_hidden_states=True)
-            pooled.append(out[0])
-            hidden.append(out.hidden_states[-2])
-        tokenizer, encoder = self._texts[2]
-        tokens = self._tokens(tokenizer, texts, self._config.model.tokenizer_max_length)
+        return [whole(parts) for parts in zip(*(self.encode_part(part, texts) for part in TEXT_NAMES), strict=True)]
+
+    @torch.no_grad()
+    def encode_part(self, part: str, texts: Sequence[str]) -> list[PartStates]:
+        """What one text encoder gives of each text, in the machine's memory: a CLIP's penultimate states and pooled vector, T5's last."""
+        tokenizer, encoder = self._loaded(part)
+        length = self._config.model.tokenizer_max_length if part == "T5" else tokenizer.model_max_length
+        padded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(self._device)
+        ids_BL = padded.input_ids
+        if part != "T5":
+            out = encoder(ids_BL, output_hidden_states=True)
+            return [PartStates(*rows) for rows in zip(out.hidden_states[-2].cpu(), out[0].cpu(), strict=True)]
         if encoder is None:  # as diffusers' pipeline does without its third encoder
-            width = self._joint_width()
-            t5_BLD = torch.zeros((*tokens.input_ids.shape, width), dtype=hidden[0].dtype, device=self._device)
+            t5_BLD = torch.zeros((*ids_BL.shape, self._joint_width()), dtype=compute_dtype(self._config), device=self._device)
         else:
-            t5_BLD = encoder(tokens.input_ids)[0]
+            t5_BLD = encoder(ids_BL)[0]
         if self._config.model.t5_padding == "zero":
-            t5_BLD = t5_BLD.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
-        clip_BLD, pooled_BP = torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
-        return [TextStates(*rows) for rows in zip(clip_BLD, t5_BLD, pooled_BP, strict=True)]
+            t5_BLD = t5_BLD.masked_fill(padded.attention_mask.unsqueeze(-1) == 0, 0)
+        return [PartStates(hidden_LD, None) for hidden_LD in t5_BLD.cpu()]
 
     def _joint_width(self) -> int:
         return int(json.loads((model_folder(self._config) / "transformer" / "config.json").read_text())["joint_attention_dim"])
 
-    def _tokens(self, tokenizer: Any, texts: Sequence[str], length: int) -> Any:
-        """Token numbers and the mask of those that are the text's."""
-        padded = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        return padded.to(self._device)
-
-    def _load_texts(self) -> list[tuple[Any, Any]]:
+    def _load_text(self, number: int) -> tuple[Any, Any]:
         from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-        folder, loaded = model_folder(self._config), []
-        classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-        for (tokenizer, _), suffix, encoder_class in zip(tokenizers(self._config), SUFFIXES, classes, strict=True):
-            if suffix == "_3" and not self._config.model.use_t5:
-                loaded.append((tokenizer, None))
-                continue
-            precision = getattr(self._config.model, f"text_encoder_{len(loaded) + 1}_precision")
-            with named(folder / f"text_encoder{suffix}"):
-                encoder = load_text_encoder(
-                    encoder_class, folder / f"text_encoder{suffix}", precision, compute_dtype(self._config), self._device
-                )
-            loaded.append((tokenizer, encoder))
-        return loaded
+        tokenizer, _ = tokenizers(self._config)[number]
+        if number == 2 and not self._config.model.use_t5:
+            return tokenizer, None
+        folder = model_folder(self._config) / f"text_encoder{SUFFIXES[number]}"
+        precision = getattr(self._config.model, f"text_encoder_{number + 1}_precision")
+        encoder_class = T5EncoderModel if number == 2 else CLIPTextModelWithProjection
+        with named(folder):
+            return tokenizer, load_text_encoder(encoder_class, folder, precision, compute_dtype(self._config), self._device)
 
 
 def load_text_encoder(encoder_class: Any, folder: Path, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A frozen text encoder; one in fewer bits is read layer by layer, so that it never lies in memory whole. Raises: ModelError."""
-    if precision == "no_change":
-        encoder = encoder_class.from_pretrained(folder, dtype=dtype)
-        return encoder.eval().requires_grad_(False).to(device)
+    """A frozen text encoder, read layer by layer onto its device: no more of it lies in the machine's memory. Raises: ModelError."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -208,11 +217,12 @@ def load_text_encoder(encoder_class: Any, folder: Path, precision: str, dtype: t
     wide = (encoder._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
 
     def change(name: str, module: nn.Module) -> nn.Module:
-        if not is_quantised(name, module):
+        if precision == "no_change" or not is_quantised(name, module):
             return module
         assert isinstance(module, nn.Linear)
         return smaller(module, precision)
 
+    room.require(folder.name, expected_bytes(encoder, precision, rest=dtype.itemsize, without=tied), precision=precision, device=device)
     weights = Weights.of_folder(folder, stem="model").only(set(encoder.state_dict()) - tied)
     fill(encoder, weights, dtype=dtype, device=device, change=change, tied=tied, wide=wide)
     encoder.tie_weights()

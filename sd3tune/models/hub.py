@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ModelError
+from sd3tune.secrets import without_secrets
 
 FLAVOURS = {
     "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -57,6 +58,19 @@ def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] 
         raise ModelError(f"{name}: {explained(error, name)}") from None
 
 
+def late_endpoint() -> str:
+    """What to say when ``HF_ENDPOINT`` was set after huggingface_hub was imported, which reads it once; the empty text otherwise."""
+    from huggingface_hub import constants
+
+    wanted, used = os.environ.get("HF_ENDPOINT", "").rstrip("/"), constants.ENDPOINT.rstrip("/")
+    if not wanted or wanted == used:
+        return ""
+    return (
+        f"HF_ENDPOINT={wanted} was set too late for models of captions and masks, which still come from {used}: huggingface_hub reads it "
+        f"once, when it is imported. Base models come from the new one. Set it before Python starts: export HF_ENDPOINT={MIRROR}"
+    )
+
+
 def has_token() -> bool:
     """Whether there is a token for the hub; it is never shown."""
     from huggingface_hub import get_token
@@ -66,6 +80,10 @@ def has_token() -> bool:
 
 def explained(error: BaseException, name: str) -> str:
     """What is the matter with a model of the hub, and what to do; never with a token in it."""
+    return without_secrets(_explained(error, name))
+
+
+def _explained(error: BaseException, name: str) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{name}"

@@ -13,6 +13,7 @@ from sd3tune.data import images, sources
 from sd3tune.data.datasets import Dataset
 from sd3tune.errors import DataError, ModelError
 from sd3tune.files import make_folder, write_with
+from sd3tune.secrets import without_secrets
 
 CENTRE = (0.15, 0.15, 0.85, 0.85)
 """The box that counts when none is given: left, top, right, bottom in shares of width and height; about half of the area."""
@@ -111,4 +112,4 @@ def _pipeline(name: str) -> Any:
     try:
         return pipeline("image-segmentation", model=name, device="cuda" if torch.cuda.is_available() else "cpu")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name}: cannot be loaded as an image-segmentation model ({error})") from None
+        raise ModelError(f"{name}: cannot be loaded as an image-segmentation model ({without_secrets(str(error))})") from None

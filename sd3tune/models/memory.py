@@ -1,6 +1,7 @@
 """What a run will hold in memory, by formula: weights, adapter, update rule, and what the backward pass needs.
 
-The units of activations were measured (``saved_tensors_hooks``, tests/test_memory.py); kernels' own workspaces are not in them.
+The units of activations were measured (``saved_tensors_hooks``, and the allocator's peak for the autoencoder; tests/test_memory.py);
+kernels' own workspaces are not in them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sd3tune.cache.encoding import HELD_BYTES
 from sd3tune.config.schema import RunConfig
 from sd3tune.models import adapters, components
-from sd3tune.models.quantize import is_quantised
+from sd3tune.models.quantize import expected_bytes, weight_bytes
 from sd3tune.shown import Shown
-
-GROUP = 128
-"""Values that share a scale and a shift in quanto's int4 and int2."""
 
 STATES = {
     "adamw": 8.0, "adamw_bf16": 6.0, "stableadamw": 8.0, "lion": 4.0, "adafactor": 0.1, "prodigy": 13.2, "schedulefree": 8.0,
@@ -60,10 +59,16 @@ CONTEXT = 0.7e9
 ENCODERS = {1: 123_650_304, 2: 694_659_840, 3: 4_762_310_656}
 """Parameters of CLIP-L, CLIP-G and T5-XXL."""
 
+VAE_VALUES, VAE_WIDTH, TILE = 83_819_683, 128, 1024
+"""Parameters of the autoencoder, channels of its outermost layers, and the side of its tiles in px: smaller pictures are whole."""
+
+VAE_ENCODE, VAE_DECODE = 5.1, 7.8
+"""Values over the outermost channels and the pixels that it holds at its peak; convolutions of a CPU reorder theirs beside that."""
+
 
 @dataclass(frozen=True, repr=False)
 class Need(Shown):
-    """Bytes of each part of a run's training, and of the encoders, which are gone by then."""
+    """Bytes of each part of a run's training, and of what is gone by then: the largest text encoder, and the autoencoder's work."""
 
     base: float
     adapter: float
@@ -71,6 +76,11 @@ class Need(Shown):
     activations: float
     context: float
     encoders: float
+    held: float
+    """Of the machine's memory, for what the other text encoders gave."""
+    encoding: float
+    drawing: float
+    """The autoencoder when it decodes a picture of the validation, beside what trains."""
 
     @property
     def training(self) -> float:
@@ -80,24 +90,33 @@ class Need(Shown):
     @property
     def peak(self) -> float:
         """Bytes at the peak of the run."""
-        return max(self.training, self.encoders)
+        return max(self.training, self.validation, self.encoders, self.encoding)
+
+    @property
+    def validation(self) -> float:
+        """Bytes when a picture is decoded."""
+        return self.base + self.adapter + self.optimizer + self.drawing + self.context
 
     def __str__(self) -> str:
         gb = {name: value / 1e9 for name, value in vars(self).items()}
         return (
             f"memory, predicted: training {self.training / 1e9:.1f} GB (base {gb['base']:.1f}, adapter {gb['adapter']:.2f}, optimizer "
             f"{gb['optimizer']:.2f}, activations {gb['activations']:.1f}, context {gb['context']:.1f})"
-            + (f"; text encoders before it {gb['encoders']:.1f} GB" if self.encoders else "")
+            + (f"; text encoders before it, one at a time, {gb['encoders']:.1f} GB and {gb['held']:.1f} GB of RAM" if self.held else "")
+            + (f"; autoencoder before it {gb['encoding']:.1f} GB" if self.encoding else "")
+            + (f"; validation {self.validation / 1e9:.1f} GB (autoencoder {gb['drawing']:.1f})" if self.drawing else "")
         )
 
 
 def predict(config: RunConfig, *, side: int = 1024) -> Need:
     """What a configuration needs for training pictures of ``side`` x ``side`` px. Nothing is downloaded for a known model."""
     model = structure(config)
-    context = 0.0 if config.model.model_flavour == "playground" else CONTEXT  # the playground is for CPUs
+    known = config.model.model_flavour != "playground"
+    context = CONTEXT if known else 0.0  # the playground is for CPUs
     width = {"no": 4, "bf16": 2, "fp16": 2}[config.model.mixed_precision]
     trained = adapter_parameters(model, config)
     weight = 2 + 2 if config.optimizer.optimizer == "adamw_bf16" else 4 + 4  # the weight, and its gradient
+    drawn = [vae_bytes(config, VAE_DECODE, size, 1) for size in config.validation_sizes] if config.prompts else []
     mean = 4 if config.adapter.use_ema and config.adapter.ema_device == "accelerator" else 0
     return Need(
         base=base_bytes(model, config),
@@ -106,6 +125,9 @@ def predict(config: RunConfig, *, side: int = 1024) -> Need:
         activations=activation_bytes(model.config, config, side=side, width=width),
         context=context,
         encoders=encoder_bytes(config, width) + context,
+        held=HELD_BYTES if known else 0,
+        encoding=vae_bytes(config, VAE_ENCODE, (side, side), config.data.vae_batch_size) + context,
+        drawing=max(drawn, default=0),
     )
 
 
@@ -122,31 +144,8 @@ def _known(flavour: str) -> Any:
 
 def base_bytes(model: nn.Module, config: RunConfig) -> float:
     """Bytes of the frozen transformer's weights."""
-    precision, rest = config.model.base_model_precision, components.rest_dtype(config).itemsize
-    total = 0.0
-    for name, module in model.named_modules():
-        small = precision != "no_change" and is_quantised(name, module, config.model.modulation_precision)
-        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if small and leaf == "weight":
-                total += weight_bytes(tensor.shape[0], tensor.shape[1], precision, rest)
-            else:
-                total += tensor.numel() * rest
-    return total
-
-
-def weight_bytes(rows: int, columns: int, precision: str, rest: int) -> float:
-    """Bytes of one quantised weight with its scales; ``rest`` are the bytes of one scale of quanto's."""
-    values = rows * columns
-    if precision in ("int8-quanto", "fp8-quanto"):
-        return values + rows * rest
-    if precision == "nf4-bnb":
-        block = 64 if columns % 64 == 0 else 32
-        return values / 2 + values / block * (1 + 4 / 256)
-    bits = 4 if precision == "int4-quanto" else 2
-    group = GROUP
-    while columns % group:  # quanto halves it until it divides a row
-        group //= 2
-    return values * bits / 8 + 2 * rest * values / group
+    m = config.model
+    return expected_bytes(model, m.base_model_precision, modulation=m.modulation_precision, rest=components.rest_dtype(config).itemsize)
 
 
 def adapter_parameters(model: Any, config: RunConfig) -> int:
@@ -198,14 +197,24 @@ def block_units(shape: Any, config: RunConfig, *, image: int, text: int, width: 
 
 
 def encoder_bytes(config: RunConfig, width: int) -> float:
-    """Bytes of the three text encoders, which lie in memory together while texts are encoded."""
+    """Bytes of the largest text encoder: they lie in memory one at a time."""
     if config.model.model_flavour == "playground":
         return 0.0
-    total = 0.0
+    found = [0.0]
     for number, values in ENCODERS.items():
         precision = getattr(config.model, f"text_encoder_{number}_precision")
         if number == 3 and not config.model.use_t5:
             continue
         share = width if precision == "no_change" else weight_bytes(4096, values // 4096, precision, width) / values
-        total += values * share
-    return total
+        found.append(values * share)
+    return max(found)
+
+
+def vae_bytes(config: RunConfig, units: float, size: tuple[int, int], images: int) -> float:
+    """Bytes of the autoencoder and of its work on so many pictures of a size at once, in tiles or one by one as the settings say."""
+    if config.model.model_flavour == "playground":
+        return 0.0
+    width = components.vae_dtype(config).itemsize
+    most = TILE if config.model.vae_enable_tiling else max(size)
+    area = min(size[0], most) * min(size[1], most) * (1 if config.model.vae_enable_slicing else images)
+    return width * (VAE_VALUES + units * VAE_WIDTH * area)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ MODULATION = r"(^|.*\.)norm1(_context)?\.linear$"
 
 QUANTO = {"int8-quanto": "qint8", "int4-quanto": "qint4", "int2-quanto": "qint2", "fp8-quanto": "qfloat8_e4m3fn"}
 """Precision -> weight format of optimum-quanto."""
+
+GROUP = 128
+"""Values that share a scale and a shift in quanto's int4 and int2."""
 
 PRECISIONS = ("no_change", *QUANTO, "nf4-bnb")
 
@@ -122,3 +125,36 @@ def _inner(tensor: Any) -> Iterator[Tensor]:
 def bytes_of(model: nn.Module) -> int:
     """Bytes that a model's weights take."""
     return sum(tensor.nbytes for tensor in tensors_of(model))
+
+
+def expected_bytes(model: nn.Module, precision: str, *, modulation: str = "same", rest: int, without: Collection[str] = ()) -> float:
+    """Bytes that a model will take, known from its structure; ``rest`` are those of a value that is not quantised.
+
+    ``without`` are names of tensors that are others under a second name.
+    """
+    total = 0.0
+    for name, module in model.named_modules():
+        small = precision != "no_change" and is_quantised(name, module, modulation)
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if (f"{name}.{leaf}" if name else leaf) in without:
+                continue
+            if small and leaf == "weight":
+                total += weight_bytes(tensor.shape[0], tensor.shape[1], precision, rest)
+            else:
+                total += tensor.numel() * rest
+    return total
+
+
+def weight_bytes(rows: int, columns: int, precision: str, rest: int) -> float:
+    """Bytes of one quantised weight with its scales; ``rest`` are the bytes of one scale of quanto's."""
+    values = rows * columns
+    if precision in ("int8-quanto", "fp8-quanto"):
+        return values + rows * rest
+    if precision == "nf4-bnb":
+        block = 64 if columns % 64 == 0 else 32
+        return values / 2 + values / block * (1 + 4 / 256)
+    bits = 4 if precision == "int4-quanto" else 2
+    group = GROUP
+    while columns % group:  # quanto halves it until it divides a row
+        group //= 2
+    return values * bits / 8 + 2 * rest * values / group

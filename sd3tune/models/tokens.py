@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
+from sd3tune.models.components import TEXT_NAMES
 from sd3tune.models.encoders import tokenizers
 
 SAID = 80
 """Characters of what is lost that are shown."""
-
-NAMES = ("CLIP-L", "CLIP-G", "T5")
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Tokens:
 def count_tokens(config: RunConfig, texts: Sequence[str]) -> list[tuple[Tokens, ...]]:
     """For each text what the three encoders see of it. Raises: ModelError when a tokenizer cannot be loaded."""
     pairs = tokenizers(config)
-    return [tuple(_of(name, tokenizer, limit, text) for name, (tokenizer, limit) in zip(NAMES, pairs, strict=True)) for text in texts]
+    return [tuple(_of(name, tokenizer, limit, text) for name, (tokenizer, limit) in zip(TEXT_NAMES, pairs, strict=True)) for text in texts]
 
 
 def _of(name: str, tokenizer: Any, limit: int, text: str) -> Tokens:

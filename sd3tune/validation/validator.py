@@ -23,20 +23,18 @@ from sd3tune.validation.sampler import Guidance, decode, sample, start_noise
 
 
 class Validator:
-    """Draws pictures of the transformer as it is now. Owns the autoencoder and the scheduler that this needs."""
+    """Draws pictures of the transformer as it is now; the autoencoder is in memory only while it does."""
 
     def __init__(self, transformer: Any, cache: Cache, device: torch.device) -> None:
         self._transformer, self._cache, self._device = transformer, cache, device
-        self._vae: Any = None
 
     def draw(self, config: RunConfig, folder: RunFolder, step: int) -> Iterator[PreviewRecord | ImageRecord]:
         """Draw every prompt at every size into the run folder; one record per sampler step and per picture."""
-        self._vae = self._vae if self._vae is not None else components.load_vae(config, self._device)
-        scheduler = components.load_scheduler(config)
+        vae, scheduler = components.load_vae(config, self._device), components.load_scheduler(config)
         guidance, steps = guidance_of(config), config.validation.validation_num_inference_steps
         negative = self._cache.text(config.validation.validation_negative_prompt)
         channels = self._transformer.config.in_channels
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
         dtype = components.compute_dtype(config)
         make_folder(folder.images(step))
         for number, (prompt, (width, height)) in enumerate(cells(config)):
@@ -50,7 +48,7 @@ class Validator:
                 step=step, prompt=prompt, path=str(picture_path(folder, step, number)), seed=config.validation_seed, width=width,
                 height=height, guidance=guidance.scale, skip_layers=guidance.skip_layers,
             )  # fmt: skip
-            write_picture(decode(self._vae, latent_BCHW)[0], record, config)
+            write_picture(decode(vae, latent_BCHW)[0], record, config)
             yield record
 
 

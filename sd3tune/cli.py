@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
     listed = verb("runs", _runs, "list the runs of a folder")
     listed.add_argument("folder", nargs="?", default="runs")
+    pushed = verb("push", _push, "upload a finished run's adapter to the Hugging Face hub, with a model card")
+    pushed.add_argument("run", help="a run folder")
+    pushed.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting, such as hub_model_id=me/pots")
     known = verb("settings", _settings, "list settings, with their meaning and default")
     known.add_argument("word", nargs="?", default="", help="show only settings with this word in name or meaning")
     known.add_argument("--presets", action="store_true", help="list the presets instead; preset:NAME stands wherever a YAML file does")
@@ -252,6 +255,14 @@ def _import(options: argparse.Namespace) -> None:
 
 def _runs(options: argparse.Namespace) -> None:
     print(st.runs(Path(options.folder)))
+
+
+def _push(options: argparse.Namespace) -> None:
+    from sd3tune.config.reading import parse_setting
+    from sd3tune.reporting.publishing import publish
+
+    folder = cli_data.run_of(options.run)
+    print(publish(folder, st.RunConfig.load(folder.config).replace(**dict(map(parse_setting, options.set)))))
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ from sd3tune.records import (
     StepRecord,
     WaitRecord,
 )
+from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import PINNED, RunFolder, log_level, open_log, step_of
 from sd3tune.training.batches import Batches
 from sd3tune.training.engine import Engine
@@ -69,6 +70,7 @@ class Trainer:
         self.device = components.pick_device()
         capabilities.require(config)
         require_optimizer(config.optimizer.optimizer, self.device)
+        notes = require(config)
         self.transformer = components.load_transformer(config, self.device)
         if checkpointing(config, self.device):
             self.transformer.enable_gradient_checkpointing()
@@ -107,6 +109,7 @@ class Trainer:
         self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
         self.certificate: certificate.Certificate | None = None
         """How the run was resumed, if it was."""
+        self._reporters = Reporters.of(config, self.folder, cache.plan, notes)
         self._mirror = Mirror(self.folder.path, config.run.mirror_to) if config.run.mirror_to else None
         if folder is None:
             write_text(self.folder.environment, certificate.installed())
@@ -154,6 +157,7 @@ class Trainer:
             except GeneratorExit:
                 raise
             except BaseException as error:
+                self._reporters.failed(self.steps_done, error)
                 try:
                     self.secure()
                 except (FileError, CheckpointError) as second:
@@ -277,8 +281,8 @@ class Trainer:
         yield self.checkpoint()
 
     def _news(self, *, wait: bool = False) -> Iterator[Record]:
-        """What the mirror has to say."""
-        for text in self._mirror.news(wait=wait) if self._mirror else ():
+        """What the mirror and the reporters have to say."""
+        for text in (*(self._mirror.news(wait=wait) if self._mirror else ()), *self._reporters.news()):
             yield self._tell(NoticeRecord(step=self.steps_done, text=text))
 
     def _judge(self, step: int) -> Iterator[Record]:
@@ -296,6 +300,8 @@ class Trainer:
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
         yield from self._judge(self.steps_done)
         self.folder.save_loss_chart()
+        for record in self._reporters.finish(self.steps_done):
+            yield record if isinstance(record, WaitRecord) else self._tell(record)
         if self._mirror:
             self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file()])
             yield from self._news(wait=True)
@@ -304,6 +310,7 @@ class Trainer:
     def _tell(self, record: Record) -> Record:
         """Write a record to the history; those that are rare also to the log, in words."""
         self._history.append(record)
+        self._reporters.take(record)
         if not isinstance(record, StepRecord):
             self._log.info("%s", record)
         return record
@@ -388,6 +395,8 @@ class Trainer:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
         with self._evaluating(self.config.validation.validation_lycoris_strength):
             for record in self._validator.draw(self.config, self.folder, self.steps_done):
+                if isinstance(record, PreviewRecord):
+                    self._reporters.take(record)
                 yield record if isinstance(record, PreviewRecord) else self._tell(record)
         self.grid().save(self.folder.grid)
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import sd3tune as st
-from sd3tune.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from sd3tune.run_folder import RunFolder
+from sd3tune.errors import ConfigError
 
 
 def add_arguments(data: argparse.ArgumentParser) -> None:
@@ -36,16 +32,6 @@ def config_of(options: argparse.Namespace) -> st.RunConfig:
 
     base = st.RunConfig.load(options.config) if options.config else st.presets.playground()
     return base.replace(**dict(map(parse_setting, options.set)))
-
-
-def run_of(path: str) -> RunFolder:
-    """The run folder of a command. Raises: CheckpointError when it is none."""
-    from sd3tune.run_folder import RunFolder
-
-    folder = RunFolder(Path(path).absolute())
-    if not folder.config.exists():
-        raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
-    return folder
 
 
 def run(options: argparse.Namespace) -> None:

@@ -447,7 +447,8 @@ def test_where_a_webhook_may_stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     [
         ("/data/me/run/images/a.png is there", "images/a.png is there"), ("see /etc/passwd, or ~/x/y.txt", "see passwd, or y.txt"),
         ("C:\\Users\\me\\a.png", "a.png"), ("3/4 of and/or 5 it/s", "3/4 of and/or 5 it/s"),
-        ("https://me:pw@host.example/a/b?token=1 fails", "https://host.example fails"), ("token hf_abcdefghijkl here", "token *** here"),
+        ("https://me:pw@host.example/a/b?token=1 fails", "https://host.example fails"), (f"token hf_{'a1' * 17} here", "token *** here"),
+        ("from huggingface_hub import hf_hub_download", "from huggingface_hub import hf_hub_download"),
     ],
 )  # fmt: skip
 def test_paths_and_tokens_are_taken_out_of_sentences(text: str, left: str) -> None:

@@ -19,7 +19,7 @@ WORDS = ("validation_prompt", "validation_negative_prompt", "model_card_note")
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 """Variables of the environment whose values are secrets."""
 
-TOKEN = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9_-]{8,}|(?<=/api/webhooks/)[^\s\"']+")
+TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}|(?<=/api/webhooks/)[^\s\"']+")
 ADDRESS = re.compile(r"(https?://)([^\s/@]+@)?([^\s/?#'\")]+)[^\s'\")]*")
 PLACE = re.compile(r"(?<![\w.:<>/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\",;:()\[\]/\\]+[/\\])*([^\s'\",;:()\[\]/\\]+)")
 

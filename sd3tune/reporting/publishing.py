@@ -21,6 +21,8 @@ from sd3tune.run_folder import RunFolder, picture_folders
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds between two tries of an upload."""
 
+OFFLINE = "HF_HUB_OFFLINE is set"
+
 SETTINGS = "https://huggingface.co/settings/tokens"
 
 
@@ -36,21 +38,24 @@ def wanted_name(config: RunConfig) -> str:
     return config.reporting.hub_model_id or Path(config.run.output_dir).name
 
 
-def open_repository(config: RunConfig, api: Any) -> tuple[str, str]:
+def open_repository(config: RunConfig, api: Any, *, ask: bool = False) -> tuple[str, str]:
     """Make the repository, or find it: its full name, and what hinders if the hub cannot be reached.
 
+    ``ask`` looks at the token's rights too, for a repository that is there already would hide that it may only read.
     Raises: ConfigError when the hub says no (no token, no right to write, a bad name).
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses
 
     name = wanted_name(config)
+    if constants.HF_HUB_OFFLINE:
+        return name, OFFLINE
     if not has_token():
         raise ConfigError([f"push_to_hub: there is no token; run: hf auth login, with a token of type write ({SETTINGS}), or set HF_TOKEN"])
     try:
+        if ask and (problem := write_problem(api.whoami(), name)):
+            raise ConfigError([f"push_to_hub: {problem}"])
         return str(api.create_repo(name, private=config.reporting.model_card_private, exist_ok=True).repo_id), ""
-    except errors.OfflineModeIsEnabled:
-        return name, "HF_HUB_OFFLINE is set"
     except errors.HFValidationError as error:
         raise ConfigError([f"hub_model_id: {without_secrets(str(error))}"]) from None
     except (OSError, HTTPError, errors.HfHubHTTPError) as error:
@@ -115,7 +120,10 @@ class Publisher:
         """Upload the adapter, if the run has come to its end; where it is now."""
         if not self._folder.lora.exists():
             return ""
-        return publish(self._folder, self._config, self._api, pauses=self._pauses)
+        try:
+            return publish(self._folder, self._config, self._api, pauses=self._pauses)
+        except ConfigError as error:
+            return f"{'; '.join(error.problems)}; then: sd3tune push {self._folder.path}"
 
 
 def upload(api: Any, name: str, files: Mapping[str, Path], message: str) -> None:
@@ -141,9 +149,9 @@ def publish(folder: RunFolder, config: RunConfig, api: Any = None, *, pauses: tu
             try:
                 upload(api, name, files_of(folder), f"{folder.path.name}: adapter and model card")
                 return f"the adapter is at {api.endpoint}/{name}"
-            except (OSError, HTTPError, errors.HfHubHTTPError) as error:
+            except (OSError, ValueError, HTTPError, errors.HfHubHTTPError) as error:  # ValueError: the hub does not like the card
                 why = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
-        if why == "HF_HUB_OFFLINE is set" or pause is None:
+        if why == OFFLINE or pause is None:
             break
         time.sleep(pause)
     raise ModelError(f"{wanted_name(config)}: {why}; adapter and card are in {folder.path}, and later: sd3tune push {folder.path}")

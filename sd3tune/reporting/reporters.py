@@ -10,6 +10,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.records import NoticeRecord, Record, WaitRecord
 from sd3tune.reporting.events import Events, FailureRecord
+from sd3tune.reporting.page import write_report
 from sd3tune.reporting.publishing import PAUSES, Publisher, default_api, open_repository, write_card
 from sd3tune.reporting.tail import Patience, Tail, explained
 from sd3tune.reporting.trackers import Tracker, kinds_of
@@ -33,7 +34,7 @@ def require(config: RunConfig) -> tuple[str, ...]:
     hooks_of(config.reporting.webhook_config)
     if not config.reporting.push_to_hub:
         return ()
-    name, hindrance = open_repository(config, default_api())
+    name, hindrance = open_repository(config, default_api(), ask=True)
     if not hindrance:
         return ()
     return (f"push_to_hub: {hindrance}; {name} is tried again at the end, and until then all is in the run folder",)
@@ -73,7 +74,7 @@ class Reporters:
         return [*notes, *(said for tail in self._tails for said in tail.news())]
 
     def finish(self, step: int) -> Iterator[Record]:
-        """Write the model card, and wait for what is left, up to each consumer's limit; what was lost comes as notices."""
+        """Write the model card, wait for what is left, up to each consumer's limit, and write the report; losses come as notices."""
         yield from self._written(step, "the model card", lambda: write_card(self._folder, RunConfig.load(self._folder.config)))
         for tail in self._tails:
             tail.stop()
@@ -82,6 +83,7 @@ class Reporters:
             yield WaitRecord(step=step, why="what is left is being sent")
         for said in self.news():
             yield NoticeRecord(step=step, text=said)
+        yield from self._written(step, "the report", lambda: write_report(self._folder))
 
     def _written(self, step: int, what: str, write: Callable[[], object]) -> Iterator[Record]:
         try:

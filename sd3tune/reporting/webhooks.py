@@ -10,7 +10,6 @@ import urllib.request
 import uuid
 from typing import Any
 
-import sd3tune
 from sd3tune.config.hooks import Hook
 from sd3tune.records import PreviewRecord, Record, StepRecord, WaitRecord
 from sd3tune.reporting.events import Event, Events, heard
@@ -70,7 +69,7 @@ class Webhook:
 
     def _call(self, event: Event) -> None:
         body, kind = self._encoded(event)
-        headers = {"Content-Type": kind, "User-Agent": f"sd3tune/{sd3tune.__version__}"}
+        headers = {"Content-Type": kind, "User-Agent": "sd3tune"}
         if self._hook.token:
             headers["X-API-Key"] = self._hook.token
         try:

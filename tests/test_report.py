@@ -159,6 +159,9 @@ def test_many_and_large_pictures_stay_a_page(folder: RunFolder) -> None:
     assert labels == sorted(set(labels))
     assert max(int(image["width"]) for image in read.images) == SIDE
     assert text.count(" checked>") == 1
+    assert ".sheet{display:none;" in text
+    assert [int(n) for n in re.findall(r"#s(\d+):checked~\.f\1\{display:flex\}", text)] == list(range(MOST))
+    assert text.count("display:flex") == MOST, "and no other rule shows them"
     assert re.search(r"checked><label[^>]*>390<", text)
     assert thinned([Path(str(n)) for n in range(3)], 5) == [Path("0"), Path("1"), Path("2")]
 

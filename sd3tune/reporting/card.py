@@ -33,7 +33,7 @@ def card(folder: RunFolder, config: RunConfig, name: str) -> str:
         _training(folder, config, manifest),
         _datasets(manifest),
         "## Settings\n",
-        f"<details><summary>every setting</summary>\n\n```yaml\n{_as_yaml(_set(config))}```\n\n</details>\n",
+        f"<details><summary>what was set</summary>\n\n```yaml\n{_as_yaml(_set(config))}```\n\n</details>\n",
         _licence_words(config),
     ]
     lines = "\n".join(part for part in parts if part).splitlines()

@@ -38,12 +38,12 @@ h1{font-size:1.5rem;margin:.2em 0;overflow-wrap:anywhere} h2{font-size:1.1rem;ma
 .scroll{overflow-x:auto} img{max-width:100%;height:auto;border-radius:4px}
 table{border-collapse:collapse;width:100%;font-size:.87rem}
 td,th{text-align:left;vertical-align:top;padding:3px 10px 3px 0;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-td:first-child{white-space:nowrap} .set td{font-weight:600}
+td:first-child{white-space:nowrap;width:1%} .set td{font-weight:600}
 pre{font-size:.82rem;white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);padding:10px;border-radius:6px}
 .steps>input{position:absolute;opacity:0} .steps>label{display:inline-block;padding:2px 9px;margin:0 4px 6px 0;border:1px solid var(--line);
 border-radius:999px;cursor:pointer} .steps>input:checked+label{background:var(--accent);color:Canvas}
 .steps>input:focus-visible+label{outline:2px solid var(--accent);outline-offset:2px}
-.shown{display:none} .sheet{display:flex;flex-wrap:wrap;gap:10px} figure{margin:0;width:min(270px,100%)} figcaption{font-size:.85rem}
+.sheet{display:none;flex-wrap:wrap;gap:10px} figure{margin:0;width:min(270px,100%)} figcaption{font-size:.85rem}
 @media (max-width:600px){td:first-child{white-space:normal}}
 """
 
@@ -118,7 +118,7 @@ def _pictures(folder: RunFolder) -> str:
         rules.append(f"#s{number}:checked~.f{number}{{display:flex}}")
         checked = " checked" if number == len(steps) - 1 else ""
         buttons.append(f'<input type="radio" name="step" id="s{number}"{checked}><label for="s{number}">{step_of(at)}</label>')
-        sheets.append(f'<div class="shown sheet f{number}">{"".join(_figure(path) for path in sorted(at.glob("*.png")))}</div>')
+        sheets.append(f'<div class="sheet f{number}">{"".join(_figure(path) for path in sorted(at.glob("*.png")))}</div>')
     several = f"<style>{''.join(rules)}</style><p>Pictures after so many updates:</p>" if steps else ""
     return _section("Pictures", grid + several + f'<div class="steps">{"".join(buttons)}{"".join(sheets)}</div>' if grid or steps else "")
 

@@ -44,7 +44,6 @@ pre{font-size:.82rem;white-space:pre-wrap;overflow-wrap:anywhere;background:var(
 border-radius:999px;cursor:pointer} .steps>input:checked+label{background:var(--accent);color:Canvas}
 .steps>input:focus-visible+label{outline:2px solid var(--accent);outline-offset:2px}
 .sheet{display:none;flex-wrap:wrap;gap:10px} figure{margin:0;width:min(270px,100%)} figcaption{font-size:.85rem}
-@media (max-width:600px){td:first-child{white-space:normal}}
 """
 
 

@@ -56,7 +56,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     if config is not None:
         rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
         rows += _optimizer(config)
-        rows += [*_memory(config), *_hub(config), *_publishing(config), *_tracker(config)]
+        rows += [*_memory(config), *_hub(config), *_publishing(config), *_tracker(config), *_webhooks(config)]
     return Report(tuple(rows))
 
 
@@ -189,11 +189,27 @@ def _publishing(config: RunConfig) -> Iterator[Finding]:
 
 def _tracker(config: RunConfig) -> Iterator[Finding]:
     """Whether the tracker is there, and whether it would ask for a login."""
-    from sd3tune.reporting.trackers import kinds_of
+    from sd3tune.reporting.trackers import kinds_of, left_out
 
     if config.reporting.report_to == "none":
         return
     try:
-        yield Finding("ok", "tracker", f"{', '.join(kinds_of(config)) or 'none has a login'}: installed, and no login is missing")
+        kinds = kinds_of(config)
     except ConfigError as error:
         yield Finding("bad", "tracker", "; ".join(error.problems))
+        return
+    if kinds:
+        yield Finding("ok", "tracker", f"{', '.join(kinds)}: installed, and no login is missing")
+    for said in left_out(config):
+        yield Finding("note", "tracker", said)
+
+
+def _webhooks(config: RunConfig) -> Iterator[Finding]:
+    """Whether each webhook has its address; nobody is called."""
+    from sd3tune.config.hooks import hooks_of
+
+    try:
+        for hook in hooks_of(config.reporting.webhook_config):
+            yield Finding("ok", "webhook", hook.name.removeprefix("webhook "))
+    except ConfigError as error:
+        yield Finding("bad", "webhook", "; ".join(error.problems))

@@ -27,6 +27,9 @@ from sd3tune.run_folder import RunFolder
 TOKEN = "hf_" + "s3cr3t" * 4
 QUICK: dict[str, Any] = {"max_train_steps": 2, "lr_warmup_steps": 0, "validation_prompt": ("lock",), "eval_loss_disable": True}
 
+NOTHING: Any = None
+"""In place of a cache, where a trainer is refused before it looks at one."""
+
 
 class Hub:
     """Repositories of me, with what was committed to them; ``refusals`` are the next answers, whatever is asked."""
@@ -187,7 +190,7 @@ def test_offline_the_card_lies_beside_the_adapter_and_is_pushed_later(
 
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        trainer = bench.trainer(**QUICK, push_to_hub=True)
+        trainer = bench.trainer(**{**QUICK, "validation_prompt": ()}, push_to_hub=True)
         for _ in trainer.run():
             pass
     said = [row["text"] for row in trainer.folder.read_history() if row["type"] == "notice"]
@@ -221,10 +224,9 @@ def test_what_is_not_finished_is_not_pushed(bench: Workbench, hub: Hub, tmp_path
 def test_a_refusal_is_said_before_a_model_is_loaded(bench: Workbench, hub: Hub, code: int, says: str) -> None:
     """With the status and the way out; there is no run folder then, and no token in the message."""
     config = bench.config(**QUICK, push_to_hub=True)
-    cache = bench.cache(config)
     hub.refusals = [code] * 5
     with pytest.raises(st.ConfigError, match=says) as caught:
-        st.Trainer(config, cache)
+        st.Trainer(config, NOTHING)
     assert TOKEN not in str(caught.value)
     assert not Path(config.run.output_dir).exists()
 
@@ -233,14 +235,14 @@ def test_a_token_that_may_only_read_is_said_though_the_repository_is_there(bench
     """The hub's client takes a repository that can be read for one that was made; the upload would fail at the very end."""
     hub.repositories["me/pots"], hub.refusals, hub.token = True, [403], {"role": "read"}
     with pytest.raises(st.ConfigError, match="push_to_hub: your token may only read; make one of type write"):
-        st.Trainer(config := bench.config(push_to_hub=True, hub_model_id="me/pots"), bench.cache(config))
+        st.Trainer(bench.config(push_to_hub=True, hub_model_id="me/pots"), NOTHING)
 
 
 def test_no_token_is_said_first(bench: Workbench, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked of the hub then."""
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(st.ConfigError, match="push_to_hub: there is no token; run: hf auth login, with a token of type write"):
-        st.Trainer(config := bench.config(push_to_hub=True), bench.cache(config))
+        st.Trainer(bench.config(push_to_hub=True), NOTHING)
     assert hub.asked == []
 
 

@@ -19,6 +19,8 @@ import sd3tune as st
 from sd3tune import charts
 from sd3tune.cli import main
 from sd3tune.errors import CheckpointError
+from sd3tune.records import NoticeRecord
+from sd3tune.reporting import reporters
 from sd3tune.reporting.page import MOST, SIDE, page, thinned, write_report
 from sd3tune.run_folder import RunFolder
 
@@ -176,16 +178,13 @@ def test_an_empty_run_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "not a run folder (there is no config.yaml)" in capsys.readouterr().err
 
 
-def test_a_report_that_fails_costs_a_notice(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A defect in the page, or a full disk: the run has ended well by then."""
-    from sd3tune.reporting import reporters
+def test_a_report_that_fails_costs_a_notice(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in the page, or a full disk: the run has ended well by then, and its card is there."""
 
     def fails(folder: RunFolder) -> Path:
         raise CheckpointError("no ink")
 
     monkeypatch.setattr(reporters, "write_report", fails)
-    trainer = bench.trainer(max_train_steps=1, lr_warmup_steps=0, validation_prompt=(), eval_loss_disable=True)
-    for _ in trainer.run():
-        pass
-    assert trainer.folder.lora.exists()
-    assert trainer.folder.read_history()[-1]["text"] == "the report could not be written (no ink)"
+    said = list(reporters.Reporters(folder).finish(10))
+    assert said == [NoticeRecord(step=10, text="the report could not be written (no ink)")]
+    assert folder.card.exists()

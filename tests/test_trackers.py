@@ -17,10 +17,17 @@ from test_trainer import same_state, updates
 import sd3tune as st
 from sd3tune.checkup import _tracker
 from sd3tune.records import StepRecord
-from sd3tune.reporting import trackers
+from sd3tune.reporting import require, trackers
+from sd3tune.run_folder import RunFolder
 
 QUICK: dict[str, Any] = {
-    "max_train_steps": 4, "lr_warmup_steps": 1, "validation_steps": 2, "validation_prompt": ("lock",), "eval_steps_interval": 2,
+    "max_train_steps": 2, "lr_warmup_steps": 1, "validation_steps": 1, "validation_prompt": ("lock",), "eval_steps_interval": 1,
+    "num_eval_images": 1, "checkpoint_minutes": 0.0,
+}  # fmt: skip
+
+PLAIN: dict[str, Any] = {
+    "losses": (), "sigmas": (), "items": (), "learning_rate": 0.1, "grad_norm": 2.0, "seconds": 1.0, "images_per_second": 3.0,
+    "peak_memory_bytes": 0,
 }  # fmt: skip
 
 
@@ -62,12 +69,12 @@ def test_tensorboard_shows_what_the_history_has(bench: Workbench) -> None:
         assert [(e.step, e.value) for e in shown.Scalars(name)] == [(r["step"], pytest.approx(r[key], rel=1e-6)) for r in steps]
     evals = [(row["step"], row["loss"]) for row in rows if row["type"] == "eval"]
     assert [(e.step, e.value) for e in shown.Scalars("loss/val")] == [(s, pytest.approx(v, rel=1e-6)) for s, v in evals]
-    assert [s for s, _ in evals] == [0, 2, 4]
+    assert [s for s, _ in evals] == [0, 1, 2]
     (name,) = shown.Tags()["images"]
     assert name.startswith("validation/lock 64x64")
-    assert [e.step for e in shown.Images(name)] == [0, 2, 4]
+    assert [e.step for e in shown.Images(name)] == [0, 1, 2]
     drawn = np.asarray(Image.open(io.BytesIO(shown.Images(name)[-1].encoded_image_string)).convert("RGB"))
-    kept = np.asarray(Image.open(trainer.folder.images(4) / "00.png").convert("RGB"))
+    kept = np.asarray(Image.open(trainer.folder.images(2) / "00.png").convert("RGB"))
     assert np.array_equal(drawn, kept)
     assert AcceleratorState._shared_state == {}, "precision is ours"
     assert not [row for row in rows if row["type"] == "notice" and row["step"]]
@@ -103,10 +110,11 @@ def test_a_tracker_that_fails_is_one_notice_and_the_run_is_the_same(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(sys.modules, "wandb", Broken())
     pretend(monkeypatch, "wandb")
-    trainer, plain = bench.trainer(report_to="wandb", **QUICK), bench.trainer(**QUICK)
-    for run in (trainer, plain):
-        for _ in run.run():
-            pass
+    quick: dict[str, Any] = {"max_train_steps": 4, "lr_warmup_steps": 1, "validation_prompt": (), "eval_loss_disable": True}
+    trainer, plain = bench.trainer(report_to="wandb", **quick), bench.trainer(**quick)
+    for _ in trainer.run():
+        pass
+    updates(plain, 4)
     assert same_state(trainer.state_dict(), plain.state_dict())
     said = [row["text"] for row in trainer.folder.read_history() if row["type"] == "notice"]
     assert any("wandb: it failed 3 times in a row; nothing more is sent there" in text for text in said)
@@ -114,7 +122,9 @@ def test_a_tracker_that_fails_is_one_notice_and_the_run_is_the_same(
     assert not [text for text in said if "hf_secret" in text]
 
 
-def test_weights_and_biases_is_told_once_and_in_order(bench: Workbench, monkeypatch: pytest.MonkeyPatch, no_login: None) -> None:
+def test_weights_and_biases_is_told_once_and_in_order(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, no_login: None, tmp_path: Path
+) -> None:
     """Project, name and an identity that a resumed run keeps and another run has not; numbers by step; settings without paths."""
     calls: list[dict[str, Any]] = []
     logged: list[tuple[int, set[str]]] = []
@@ -144,8 +154,8 @@ def test_weights_and_biases_is_told_once_and_in_order(bench: Workbench, monkeypa
     list(trainer._reporters.finish(1))
     for _ in st.Trainer.resume(trainer.folder.path, trainer.cache).run():
         pass
-    updates(other := bench.trainer(**options), 1)
-    list(other._reporters.finish(1))
+    other = RunFolder.create(tmp_path / "other")
+    trackers.Tracker("wandb", trainer.config, other).send(StepRecord(step=1, loss=0.5, **PLAIN))
     assert [(c["project"], c["name"]) for c in calls] == [("pots", "first")] * 3
     assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"]
     steps = [step for step, names in logged if "train_loss" in names]
@@ -158,13 +168,10 @@ def test_weights_and_biases_is_told_once_and_in_order(bench: Workbench, monkeypa
 
 def test_numbers_that_are_not_there_are_left_out() -> None:
     """An update of regularisation pictures alone has no train_loss, and another no regularisation_loss."""
-    plain: dict[str, Any] = dict(
-        step=1, losses=(), sigmas=(), items=(), learning_rate=0.1, grad_norm=2.0, seconds=1.0, images_per_second=3.0, peak_memory_bytes=0
-    )
-    assert trackers.numbers_of(StepRecord(loss=None, regularisation_loss=0.5, **plain)) == {
+    assert trackers.numbers_of(StepRecord(step=1, loss=None, regularisation_loss=0.5, **PLAIN)) == {
         "regularisation_loss": 0.5, "learning_rate": 0.1, "grad_norm": 2.0, "images_per_second": 3.0,
     }  # fmt: skip
-    assert "regularisation_loss" not in trackers.numbers_of(StepRecord(loss=0.5, **plain))
+    assert "regularisation_loss" not in trackers.numbers_of(StepRecord(step=1, loss=0.5, **PLAIN))
 
 
 def test_what_is_missing_is_said_before_a_model_is_loaded(bench: Workbench, monkeypatch: pytest.MonkeyPatch, no_login: None) -> None:
@@ -182,7 +189,11 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(bench: Workbench, monk
     pretend(monkeypatch, "wandb", "tensorboard")
     with pytest.raises(st.ConfigError, match=r"there is no login for api\.wandb\.ai; run: wandb login"):
         trackers.kinds_of(bench.config(report_to="wandb"))
-    assert trackers.kinds_of(bench.config(report_to="all")) == ("tensorboard",), "without asking for a login"
+    everything = bench.config(report_to="all")
+    assert trackers.kinds_of(everything) == ("tensorboard",), "without asking for a login"
+    (said,) = require(everything)
+    assert said.startswith("report_to: all leaves wandb out: there is no login for api.wandb.ai")
+    assert [f.state for f in _tracker(everything)] == ["ok", "note"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from conftest import Workbench
 from PIL import Image
 
 import sd3tune as st
+from sd3tune.checkup import _webhooks
 from sd3tune.config.hooks import Hook, hooks_of
 from sd3tune.records import (
     CheckpointRecord,
@@ -435,7 +436,10 @@ def test_where_a_webhook_may_stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert "s3cr3t" not in (tmp_path / "run.yaml").read_text()
         assert hooks_of(st.RunConfig.load(tmp_path / "run.yaml").reporting.webhook_config) == wanted
     assert "s3cr3t" not in repr(wanted)
+    config = st.presets.playground(webhook_config=row)
+    assert [str(found).split() for found in _webhooks(config)] == [["ok", "webhook", "discord", "(discord.example)"]]
     monkeypatch.delenv("POTS_HOOK")
+    assert [found.state for found in _webhooks(config)] == ["bad"]
     with pytest.raises(st.ConfigError, match=r"webhook_url is \$POTS_HOOK, and the environment has no such variable; set it"):
         hooks_of(row)
     with pytest.raises(st.ConfigError, match=r"no\.json cannot be read \(FileNotFoundError\)"):

@@ -206,7 +206,7 @@ def _datasets(manifest: dict[str, Any]) -> str:
         rows.append(f"| {row['id']} | {kind} | {row.get('resolution', '')} | {crop} | {row.get('repeats', 0)} |")
     if not rows:
         return ""
-    count = f"{manifest['images_used']} images to learn from, {manifest['images_held_out']} held out.\n"
+    count = f"{manifest.get('images_used', 0)} images to learn from, {manifest.get('images_held_out', 0)} held out.\n"
     return "\n".join([count, "| data set | used | resolution | crop | repeats |", "|---|---|---|---|---|", *rows, ""])
 
 

@@ -13,7 +13,7 @@ from sd3tune.reporting.events import Events, FailureRecord
 from sd3tune.reporting.page import write_report
 from sd3tune.reporting.publishing import PAUSES, Publisher, default_api, open_repository, write_card
 from sd3tune.reporting.tail import Patience, Tail, explained
-from sd3tune.reporting.trackers import Tracker, kinds_of
+from sd3tune.reporting.trackers import Tracker, kinds_of, left_out
 from sd3tune.reporting.webhooks import PATIENCE as WEBHOOKS
 from sd3tune.reporting.webhooks import Webhook
 from sd3tune.run_folder import RunFolder
@@ -32,12 +32,12 @@ def require(config: RunConfig) -> tuple[str, ...]:
     """
     kinds_of(config)
     hooks_of(config.reporting.webhook_config)
-    if not config.reporting.push_to_hub:
-        return ()
-    name, hindrance = open_repository(config, default_api(), ask=True)
-    if not hindrance:
-        return ()
-    return (f"push_to_hub: {hindrance}; {name} is tried again at the end, and until then all is in the run folder",)
+    notes = left_out(config)
+    if config.reporting.push_to_hub:
+        name, hindrance = open_repository(config, default_api(), ask=True)
+        if hindrance:
+            notes += (f"push_to_hub: {hindrance}; {name} is tried again at the end, and until then all is in the run folder",)
+    return notes
 
 
 class Reporters:
@@ -49,7 +49,7 @@ class Reporters:
     @classmethod
     def of(cls, config: RunConfig, folder: RunFolder, plan: Plan, notes: Sequence[str] = ()) -> Reporters:
         """What a configuration asks for; ``notes`` are the first news. Raises: as `require`."""
-        tails = [Tail(Tracker(kind, config, folder), TRACKERS, most=10_000) for kind in kinds_of(config)]
+        tails = [Tail(Tracker(kind, config, folder), TRACKERS, most=2000) for kind in kinds_of(config)]
         if config.reporting.push_to_hub:
             tails.append(Tail(Publisher(config, folder), HUB, most=2))
         interval = config.reporting.webhook_reporting_interval

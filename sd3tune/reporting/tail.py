@@ -144,8 +144,8 @@ class Tail:
 
     def _make_room(self) -> None:
         """Drop one record if there are too many."""
-        passing = self._passing()
-        if self._patience.passing is not None and len(passing) > self._patience.passing:
+        limit = self._patience.passing
+        if limit is not None and len(passing := self._passing()) > limit:
             self._drop(min(passing, key=rank_of))  # the first of the least is the oldest
         elif len(self._waiting) > self._most:
             newest = next((r for r in reversed(self._waiting) if isinstance(r, ImageRecord)), None)

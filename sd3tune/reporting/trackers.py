@@ -29,7 +29,7 @@ def kinds_of(config: RunConfig) -> tuple[str, ...]:
     wanted = config.reporting.report_to
     if wanted == "none":
         return ()
-    installed = [kind for kind in KINDS if importlib.util.find_spec(kind) is not None]
+    installed = _installed()
     if wanted == "all":
         if not installed:
             raise ConfigError(["report_to: all finds no tracker; pip install 'sd3tune[trackers]', or set report_to: none"])
@@ -39,6 +39,17 @@ def kinds_of(config: RunConfig) -> tuple[str, ...]:
     if wanted == "wandb" and (problem := login_problem()):
         raise ConfigError([f"report_to: wandb: {problem}"])
     return (wanted,)
+
+
+def left_out(config: RunConfig) -> tuple[str, ...]:
+    """Which installed tracker ``report_to: all`` does without, and why."""
+    if config.reporting.report_to != "all" or "wandb" not in _installed() or not (problem := login_problem()):
+        return ()
+    return (f"report_to: all leaves wandb out: {problem}",)
+
+
+def _installed() -> list[str]:
+    return [kind for kind in KINDS if importlib.util.find_spec(kind) is not None]
 
 
 def login_problem() -> str:
@@ -100,8 +111,9 @@ class Tracker:
             made = tracking.TensorBoardTracker(self.name, self._folder.path, purge_step=step)
         elif self.name == "wandb":
             made = tracking.WandBTracker(
-                self._project, name=self._run, id=self._identity(), resume="allow", dir=str(self._folder.path), config=self._facts
-            )
+                self._project, name=self._run, id=self._identity(), resume="allow", reinit="create_new", dir=str(self._folder.path),
+                config=self._facts,
+            )  # fmt: skip
         else:
             made = tracking.TrackioTracker(self._project, name=self._run, resume="allow", config=self._facts)
         made.start()

@@ -123,6 +123,7 @@ def test_everything_is_there_and_nothing_is_fetched(folder: RunFolder) -> None:
     assert read.fetched == []
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<script" not in text
+    assert "<b>" not in text
     assert ["step 6", "<script>alert(1)</script> ***"] in read.rows
     assert ["step 4", 'set {"learning_rate": 0.0001}'] in read.rows
     assert ["step 5", 'set {"lora_rank": 4}, refused: lora_rank cannot change'] in read.rows

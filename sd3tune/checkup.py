@@ -16,6 +16,7 @@ from typing import Literal
 
 from sd3tune import rocm
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ConfigError
 from sd3tune.secrets import without_secrets
 from sd3tune.shown import Shown
 
@@ -59,7 +60,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     if config is not None:
         rows += [Finding("bad", "settings", problem) for problem in capabilities.problems(config, known)]
         rows += _optimizer(config)
-        rows += [*_memory(config), *_hub(config)]
+        rows += [*_memory(config), *_hub(config), *_publishing(config), *_tracker(config), *_webhooks(config)]
     return Report(tuple(rows))
 
 
@@ -195,3 +196,57 @@ def _hub(config: RunConfig) -> Iterator[Finding]:
         yield Finding("ok", "model", f"{name} may be downloaded")
     except (OSError, HTTPError, errors.HFValidationError, errors.OfflineModeIsEnabled) as error:
         yield Finding("bad", "model", f"{name}: {hub.explained(error, name)}")
+
+
+def _publishing(config: RunConfig) -> Iterator[Finding]:
+    """Whether the token may write where the adapter is to be uploaded."""
+    from huggingface_hub import errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses
+
+    from sd3tune.models.hub import has_token
+    from sd3tune.reporting.publishing import SETTINGS, default_api, wanted_name, write_problem
+
+    if not config.reporting.push_to_hub:
+        return
+    name = wanted_name(config)
+    if not has_token():
+        yield Finding("bad", "upload", f"there is no token; run: hf auth login, with a token of type write ({SETTINGS}), or set HF_TOKEN")
+        return
+    try:
+        problem = write_problem(default_api().whoami(), name)
+        yield Finding("bad" if problem else "ok", "upload", problem or f"the token may write to {name}")
+    except errors.OfflineModeIsEnabled:
+        yield Finding("note", "upload", "HF_HUB_OFFLINE is set; the run writes its card and sd3tune push RUN uploads it later")
+    except (OSError, HTTPError, errors.HfHubHTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        wrong = "the token is not valid (any more); run: hf auth login, with a new one of type write"
+        text = wrong if status == 401 else f"the hub cannot be asked now ({status or type(error).__name__}); the upload waits for the end"
+        yield Finding("bad" if status == 401 else "note", "upload", text)
+
+
+def _tracker(config: RunConfig) -> Iterator[Finding]:
+    """Whether the tracker is there, and whether it would ask for a login."""
+    from sd3tune.reporting.trackers import kinds_of, left_out
+
+    if config.reporting.report_to == "none":
+        return
+    try:
+        kinds = kinds_of(config)
+    except ConfigError as error:
+        yield Finding("bad", "tracker", "; ".join(error.problems))
+        return
+    if kinds:
+        yield Finding("ok", "tracker", f"{', '.join(kinds)}: installed, and no login is missing")
+    for said in left_out(config):
+        yield Finding("note", "tracker", said)
+
+
+def _webhooks(config: RunConfig) -> Iterator[Finding]:
+    """Whether each webhook has its address; nobody is called."""
+    from sd3tune.config.hooks import hooks_of
+
+    try:
+        for hook in hooks_of(config.reporting.webhook_config):
+            yield Finding("ok", "webhook", hook.name.removeprefix("webhook "))
+    except ConfigError as error:
+        yield Finding("bad", "webhook", "; ".join(error.problems))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sd3tune as st
-from sd3tune import cli_data
+from sd3tune import cli_data, cli_runs
 from sd3tune.cli_data import config_of
 from sd3tune.errors import ConfigError, Sd3TuneError
 
@@ -80,8 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--strength", type=float, default=1.0, help="merge: how much of the change (%(default)s)")
     lora.add_argument("--config", help="verify, merge: the YAML file that names the model; the playground's preset when left out")
     lora.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
-    listed = verb("runs", _runs, "list the runs of a folder")
-    listed.add_argument("folder", nargs="?", default="runs")
+    cli_runs.add_verbs(verb)
     known = verb("settings", _settings, "list settings, with their meaning and default")
     known.add_argument("word", nargs="?", default="", help="show only settings with this word in name or meaning")
     known.add_argument("--presets", action="store_true", help="list the presets instead; preset:NAME stands wherever a YAML file does")
@@ -260,10 +259,6 @@ def _import(options: argparse.Namespace) -> None:
     made = st.from_simpletuner(options.config, options.datasets)
     run, datasets = made.save(options.to)
     print(f"{made}\nwritten: {run} and {datasets}\nlook at it with: sd3tune plan {run} --data {datasets}")
-
-
-def _runs(options: argparse.Namespace) -> None:
-    print(st.runs(Path(options.folder)))
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -30,7 +30,14 @@ def replay(run_folder: str | Path, cache: Cache | None = None) -> Iterator[Recor
         raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
     recorded = RunConfig.load(folder.config)
     quiet = recorded.replace(
-        output_dir=str(folder.path.with_name(f"{folder.path.name}-replay")), validation_prompt=(), mirror_to=None, guard_policy="stop"
+        output_dir=str(folder.path.with_name(f"{folder.path.name}-replay")),
+        validation_prompt=(),
+        mirror_to=None,
+        guard_policy="stop",
+        report_to="none",
+        push_to_hub=False,
+        push_checkpoints_to_hub=False,
+        webhook_config=None,
     )
     trainer = Trainer(quiet, cache or rebuild_cache(folder, recorded))
     apart = ""

@@ -66,6 +66,21 @@ class RunFolder:
         return self.path / "lora.safetensors"
 
     @property
+    def lora_ema(self) -> Path:
+        """The running average of the adapter."""
+        return self.path / "lora-ema.safetensors"
+
+    @property
+    def card(self) -> Path:
+        """The model card: what the adapter is and how it is used."""
+        return self.path / "README.md"
+
+    @property
+    def report(self) -> Path:
+        """The whole run as one page."""
+        return self.path / "report.html"
+
+    @property
     def grid(self) -> Path:
         """Base, adapter and reference pictures side by side."""
         return self.path / "grid.png"
@@ -180,6 +195,11 @@ class RunFolder:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         write_with(self.loss_chart, lambda draft: figure.savefig(draft, format="png", dpi=130))
+
+
+def picture_folders(folder: RunFolder) -> list[Path]:
+    """The folders of validation pictures, oldest first."""
+    return sorted(folder.images(0).parent.glob("step-*"), key=step_of)
 
 
 PINNED = "PINNED"

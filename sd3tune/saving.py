@@ -101,8 +101,7 @@ class Saver:
         return self._mirror.news(wait=wait) if self._mirror else []
 
     def finish(self) -> list[str]:
-        """Draw the loss chart and copy the run's files; what is to be said of that."""
-        self.folder.save_loss_chart()
+        """Copy the finished run's files; what is to be said of that."""
         if not self._mirror:
             return []
         self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file()])

@@ -24,6 +24,7 @@ from sd3tune.models.lora_layouts import Layout
 from sd3tune.models.tokens import truncated
 from sd3tune.processes import Processes, join
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord, WaitRecord
+from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
 from sd3tune.training.batches import Batches
@@ -64,6 +65,7 @@ class Trainer:
         capabilities.require(config)
         require_optimizer(config.optimizer.optimizer, self.device)
         check_texts(config, cache)
+        notes = self.processes.by_main(lambda: require(config))
         self.transformer = components.load_transformer(config, self.device)
         if checkpointing(config, self.device):
             self.transformer.enable_gradient_checkpointing()
@@ -104,6 +106,7 @@ class Trainer:
         self._stopping, self._updating = False, False
         self.certificate: certificate.Certificate | None = None
         """How the run was resumed, if it was."""
+        self._reporters = Reporters.of(config, self.folder, cache.plan, notes) if self.processes.main else Reporters(self.folder)
         if folder is None:
             self._saver.begin(config, self.manifest, begun)
 
@@ -151,6 +154,7 @@ class Trainer:
                 self._dismiss()
                 raise
             except BaseException as error:
+                self._reporters.failed(self.steps_done, error)
                 try:
                     self.secure()
                 except (FileError, CheckpointError) as second:
@@ -302,8 +306,8 @@ class Trainer:
         yield self.checkpoint()
 
     def _news(self, said: Sequence[str]) -> Iterator[Record]:
-        """What became of copies."""
-        for text in said:
+        """What became of copies, and what reporters have to say."""
+        for text in (*said, *self._reporters.news()):
             yield self._tell(NoticeRecord(step=self.steps_done, text=text))
 
     def _both(self, step: int) -> Iterator[Record]:
@@ -321,10 +325,14 @@ class Trainer:
         tensors = self.save(self.folder.lora)
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
         yield from self._both(self.steps_done)
+        self.folder.save_loss_chart()
+        for record in self._reporters.finish(self.steps_done):
+            yield record if isinstance(record, WaitRecord) else self._tell(record)
         yield from self._news(self._saver.finish())
 
     def _tell(self, record: Record) -> Record:
         self._saver.tell(record)
+        self._reporters.take(record)
         return record
 
     # --- what a person may ask between two updates -------------------------------------------------------------------
@@ -412,6 +420,8 @@ class Trainer:
     def validation(self) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
         for record in self._judge.draw(self.config, self.folder):
+            if isinstance(record, PreviewRecord):
+                self._reporters.take(record)
             yield record if isinstance(record, PreviewRecord) else self._tell(record)
 
     def validate(self) -> Grid:

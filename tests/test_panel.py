@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 import pytest
 from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
+from sd3tune import charts
 from sd3tune.config import presets
 from sd3tune.errors import TrainingError
-from sd3tune.panels import TrainingPanel, charts, fields
+from sd3tune.panels import TrainingPanel, fields
 from sd3tune.panels import training as panel_module
 from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot
 

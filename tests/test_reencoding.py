@@ -71,7 +71,11 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "validation_guidance_skip_layers_start": (0.1, NONE, NONE), "validation_guidance_skip_layers_stop": (0.5, NONE, NONE),
     "validation_guidance_skip_scale": (1.0, NONE, NONE), "eval_steps_interval": (5, NONE, NONE), "num_eval_images": (1, NONE, NONE),
     "eval_timesteps": (2, NONE, NONE), "eval_loss_disable": (True, NONE, NONE), "output_dir": ("elsewhere", NONE, NONE),
-    "cache_dir": ("other cache", NONE, NONE), "num_processes": (2, NONE, NONE),
+    "cache_dir": ("other cache", NONE, NONE), "num_processes": (2, NONE, NONE), "report_to": ("all", NONE, NONE),
+    "tracker_project_name": ("pots", NONE, NONE),
+    "tracker_run_name": ("first", NONE, NONE), "push_to_hub": (True, NONE, NONE), "push_checkpoints_to_hub": (False, NONE, NONE),
+    "hub_model_id": ("me/pots", NONE, NONE), "model_card_private": (False, NONE, NONE), "model_card_note": ("mine", NONE, NONE),
+    "webhook_config": ("hook.json", NONE, NONE), "webhook_reporting_interval": (5, NONE, NONE),
 }  # fmt: skip
 """Setting -> another value, and which latents and texts it needs that the base does not have."""
 

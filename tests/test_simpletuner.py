@@ -138,6 +138,33 @@ def test_noise_levels_and_rules_mean_the_same_here(tmp_path: Path) -> None:
     assert "prodigy has no 'nonsense'" in str(made)
 
 
+def test_where_results_go_is_carried_over(tmp_path: Path) -> None:
+    """Trackers, hub and webhooks; what has no counterpart is said; a secret never gets into our files."""
+    theirs = {
+        "report_to": "wandb", "tracker_project_name": "pots", "tracker_run_name": "first", "push_to_hub": "true",
+        "push_checkpoints_to_hub": "true", "model_card_private": "false", "model_card_note": "Mine.", "push_to_hub_background": "true",
+        "webhook_config": "config/webhook.json", "webhook_reporting_interval": "5",
+    }  # fmt: skip
+    made = imported(tmp_path, {**GUIDE, **theirs})
+    ours = made.config.reporting
+    assert (ours.report_to, ours.tracker_project_name, ours.tracker_run_name) == ("wandb", "pots", "first")
+    assert (ours.push_to_hub, ours.push_checkpoints_to_hub, ours.model_card_private, ours.model_card_note) == (True, True, False, "Mine.")
+    assert ours.hub_model_id == "pots", "theirs falls back on the project"
+    assert (ours.webhook_config, ours.webhook_reporting_interval) == ("config/webhook.json", 5)
+    assert fates(made)["push_to_hub_background"] == {"not needed"}
+    assert "tracker_project_name there: 'pots'" in str(made)
+    hook = {"webhook_type": "raw", "callback_url": "https://x.example/y", "log_level": "error"}
+    for form in (hook, json.dumps(hook)):
+        assert imported(tmp_path, {**GUIDE, "webhook_config": form}).config.reporting.webhook_config == hook
+    secret = {"webhook_type": "discord", "webhook_url": "https://discord.example/api/webhooks/1/s3cr3t"}
+    made = imported(tmp_path, {**GUIDE, "webhook_config": [hook, secret], "report_to": "comet_ml", "push_checkpoints_to_hub": True})
+    assert made.config.reporting.webhook_config is None
+    assert fates(made)["webhook_config"] == fates(made)["report_to"] == {"no counterpart"}
+    assert "webhook_url is a secret" in str(made)
+    assert "s3cr3t" not in str(made)
+    assert fates(made)["push_checkpoints_to_hub"] == {"was silently ignored there"}
+
+
 def test_one_meaning_in_every_form(tmp_path: Path) -> None:
     """JSON typed or as texts, with or without dashes, TOML and env give the same configuration."""
     typed = {

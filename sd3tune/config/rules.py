@@ -1,15 +1,20 @@
-"""What is wrong with settings of noise levels, of rollouts and of the update rule that are each legal alone."""
+"""What is wrong with settings of noise levels, rollouts, the update rule and reporting that are each legal alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sd3tune.config.hooks import hook_problems
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
 
 if TYPE_CHECKING:
     from sd3tune.config.schema import RunConfig
-    from sd3tune.config.sections import Noise, Optimizer
+    from sd3tune.config.sections import Noise, Optimizer, Reporting
+
+REPOSITORY = re.compile(r"([\w.-]+/)?[\w.-]+")
+"""A name on the hub."""
 
 PRODIGY_LEAST = 0.01
 """A multiplier below this is a learning rate that was meant for another rule."""
@@ -83,3 +88,13 @@ def _course_problems(o: Optimizer, steps: int | None) -> Iterator[str]:
         yield f"lr_warmup_steps ({o.lr_warmup_steps}) is longer than the run (max_train_steps = {steps})"
     if o.lr_scheduler == "polynomial" and o.lr_end > o.learning_rate:
         yield f"lr_end ({o.lr_end:g}) is above learning_rate ({o.learning_rate:g}), so the rate would rise; lower it"
+
+
+def reporting_problems(reporting: Reporting) -> Iterator[str]:
+    """Sentences about the hub and webhooks."""
+    if reporting.push_checkpoints_to_hub and not reporting.push_to_hub:
+        yield "push_checkpoints_to_hub is on and push_to_hub is off; switch both on"
+    name = reporting.hub_model_id
+    if name is not None and not REPOSITORY.fullmatch(name):
+        yield f"hub_model_id: {name!r} is not owner/name or name; letters, digits, '-', '_' and '.' are allowed"
+    yield from hook_problems(reporting.webhook_config)

@@ -16,8 +16,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sd3tune.config.declaring import STRICT
-from sd3tune.config.rules import noise_problems, optimizer_problems, rollout_problems
-from sd3tune.config.sections import Adapter, Data, Evaluation, Memory, Model, Noise, Objective, Optimizer, Run, Schedule, Validation
+from sd3tune.config.rules import noise_problems, optimizer_problems, reporting_problems, rollout_problems
+from sd3tune.config.sections import (
+    Adapter,
+    Data,
+    Evaluation,
+    Memory,
+    Model,
+    Noise,
+    Objective,
+    Optimizer,
+    Reporting,
+    Run,
+    Schedule,
+    Validation,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -34,6 +47,7 @@ class RunConfig:
     memory: Memory = Field(default_factory=Memory)
     validation: Validation = Field(default_factory=Validation)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    reporting: Reporting = Field(default_factory=Reporting)
     run: Run = Field(default_factory=Run)
 
     @classmethod
@@ -138,6 +152,7 @@ def check(config: RunConfig) -> list[str]:
     if schedule.max_train_steps and schedule.num_train_epochs:
         problems.append("max_train_steps and num_train_epochs are both set; keep one")
     problems += [*noise_problems(config.noise), *rollout_problems(config), *optimizer_problems(config)]
+    problems += reporting_problems(config.reporting)
     try:
         for width, height in config.validation_sizes:
             if width % 16 or height % 16 or not width or not height:

@@ -43,6 +43,9 @@ NOT_NEEDED = {
     ),
     "disable_benchmark": "there is none; the base model's pictures are the grid's first row",
     "aspect_bucket_rounding": "shapes count to two decimals",
+    "push_to_hub_background": "uploads are always in the background",
+    "model_card_safe_for_work": "the card makes no claim about audiences; its tags are yours to add",
+    "hub_token": "a token is never a setting; hf auth login, or HF_TOKEN",
 }
 """Keys whose job is done otherwise."""
 

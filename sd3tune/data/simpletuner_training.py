@@ -1,11 +1,13 @@
-"""What SimpleTuner means by its settings of noise levels, rollouts, optimizer and clipping, where ours need other words."""
+"""What SimpleTuner means by its settings of noise levels, rollouts, optimizer, clipping and reporting, where ours need other words."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any, Literal
 
+from sd3tune.config.hooks import as_given, hook_problems
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
+from sd3tune.config.rules import REPOSITORY
 
 OPTIMIZER_NAMES = {
     "torch-adamw": "adamw", "optimi-stableadamw": "stableadamw", "optimi-lion": "lion", "torch-adafactor": "adafactor",
@@ -39,6 +41,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
     _noise(made, notes)
     _rollout(made, notes)
     _optimizer(made, notes)
+    _reporting(made, notes)
     unset = [name for name in CLIPPING if name not in made]
     for name in unset:
         made[name] = CLIPPING[name]
@@ -143,3 +146,18 @@ def _optimizer(made: dict[str, Any], notes: Notes) -> None:
         except ValueError as error:
             made.pop("optimizer_config")
             notes["optimizer_config"] = ("no counterpart", str(error))
+
+
+def _reporting(made: dict[str, Any], notes: Notes) -> None:
+    project = str(made.get("tracker_project_name") or "")
+    if made.get("push_to_hub") is True and not made.get("hub_model_id") and REPOSITORY.fullmatch(project):
+        made["hub_model_id"] = project
+        notes["hub_model_id"] = ("taken over", f"it is not set, which means tracker_project_name there: {project!r}")
+    if made.get("push_checkpoints_to_hub") is True and made.get("push_to_hub") is not True:
+        made.pop("push_checkpoints_to_hub")
+        notes["push_checkpoints_to_hub"] = ("was silently ignored there", "push_to_hub is off")
+    given = as_given(made.get("webhook_config"))
+    rows = given if isinstance(given, tuple) else (given,)
+    if all(isinstance(row, dict) for row in rows) and (problems := hook_problems(given)):
+        made.pop("webhook_config")
+        notes["webhook_config"] = ("no counterpart", "; ".join(problems))

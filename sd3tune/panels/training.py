@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from sd3tune import charts
 from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
-from sd3tune.panels import charts, fields
+from sd3tune.panels import fields
 from sd3tune.runner import Runner
 from sd3tune.shown import duration
 from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot, Until

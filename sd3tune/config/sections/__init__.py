@@ -2,13 +2,14 @@
 
 from sd3tune.config.sections.judging import Evaluation, Run, Validation
 from sd3tune.config.sections.model import Adapter, Memory, Model
+from sd3tune.config.sections.reporting import Reporting
 from sd3tune.config.sections.training import Data, Noise, Objective, Optimizer, Schedule
 
 __all__ = ["SECTION_CLASSES", "Adapter", "Data", "Evaluation", "Memory", "Model", "Noise", "Objective", "Optimizer"]
-__all__ += ["Run", "Schedule", "Validation"]
+__all__ += ["Reporting", "Run", "Schedule", "Validation"]
 
 SECTION_CLASSES: dict[str, type] = {
     "model": Model, "adapter": Adapter, "data": Data, "noise": Noise, "objective": Objective, "optimizer": Optimizer, "schedule": Schedule,
-    "memory": Memory, "validation": Validation, "evaluation": Evaluation, "run": Run,
+    "memory": Memory, "validation": Validation, "evaluation": Evaluation, "reporting": Reporting, "run": Run,
 }  # fmt: skip
 """In the order of files and forms."""

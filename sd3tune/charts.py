@@ -19,21 +19,33 @@ def line(losses: Sequence[Point], evals: Sequence[Point] = (), *, total: int = 0
     """The loss over the updates: every value faint, smoothed bold, held-out dots, dashed lines where settings changed."""
     shown = [(x, y) for x, y in losses if math.isfinite(y)]
     held = [(x, y) for x, y in evals if math.isfinite(y)]
-    says = escape(spoken(losses, held, name))
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{says}" '
-    style = 'style="width:100%;height:auto;display:block" fill="none" stroke="currentColor" font-family="sans-serif" font-size="13">'
+    frame = _frame(spoken(losses, held, name))
     if not shown and not held:
         body = f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" {_TEXT} text-anchor="middle">no {escape(name)} yet</text>'
-        return f"{frame}{style}{body}</svg>"
+        return f"{frame}{body}</svg>"
     scale = _Scale([*shown, *held], total)
     parts = [scale.axes(name)]
     parts += [f'<path d="M{scale.x(x)} {TOP}V{HEIGHT - BOTTOM}" stroke-dasharray="3 4" opacity="0.6"/>' for x in marks]
     parts.append(f'<path d="{scale.path(envelope(shown))}" opacity="0.3"/>')
     smoothed = zip([x for x, _ in shown], smooth([y for _, y in shown]), strict=True)
     parts.append(f'<path d="{scale.path(thinned(list(smoothed)))}" stroke="{_ACCENT}" stroke-width="2.2"/>')
-    parts += [f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" stroke="#d9730d" stroke-width="2"/>' for x, y in held]
+    parts += [f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" stroke="{_HELD}" stroke-width="2"/>' for x, y in held]
     parts.append(_legend(bool(held), bool(marks)))
-    return f"{frame}{style}{''.join(parts)}</svg>"
+    return f"{frame}{''.join(parts)}</svg>"
+
+
+def held_out(evals: Sequence[Point]) -> str:
+    """The loss on held-out pictures alone, on its own scale, so that small differences are seen."""
+    shown = [(x, y) for x, y in evals if math.isfinite(y)]
+    scale = _Scale(shown or [(0, 0.0)], 0)
+    dots = "".join(f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" fill="{_HELD}" stroke="none"/>' for x, y in shown)
+    body = f'{scale.axes("loss on held-out pictures")}<path d="{scale.path(thinned(shown))}" stroke="{_HELD}" stroke-width="2"/>{dots}'
+    return f"{_frame(spoken(shown, name='loss on held-out pictures'))}{body}</svg>"
+
+
+def _frame(says: str) -> str:
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(says)}" '
+    return frame + 'style="width:100%;height:auto;display:block" fill="none" stroke="currentColor" font-family="sans-serif" font-size="13">'
 
 
 def spoken(losses: Sequence[Point], held: Sequence[Point] = (), name: str = "loss") -> str:
@@ -63,6 +75,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 _TEXT = 'stroke="none" fill="currentColor"'
 _ACCENT = "#3b82f6"
+_HELD = "#d9730d"
 
 
 class _Scale:
@@ -101,7 +114,7 @@ class _Scale:
 def _legend(held: bool, marks: bool) -> str:
     rows = [("M0 0h18", f'stroke="{_ACCENT}" stroke-width="2.2"', "smoothed"), ("M0 0h18", 'opacity="0.4"', "each update")]
     if held:
-        rows.append(("M5 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", 'stroke="#d9730d" stroke-width="2"', "held-out pictures"))
+        rows.append(("M5 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", f'stroke="{_HELD}" stroke-width="2"', "held-out pictures"))
     if marks:
         rows.append(("M9 -7v14", 'stroke-dasharray="3 4"', "you changed a setting"))
     parts, x = [], LEFT + 12

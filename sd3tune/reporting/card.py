@@ -1,0 +1,216 @@
+"""The model card: what an adapter is, what it draws, how it was made, and code that uses it. No paths, no secrets."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from sd3tune.config.schema import RunConfig
+from sd3tune.reporting.cleaning import base_name, shareable, without_places, without_tokens
+from sd3tune.run_folder import RunFolder, picture_folders, step_of
+
+COMMUNITY = "https://huggingface.co/{}/blob/main/LICENSE.md"
+"""Where the licence of Stability AI's models stands (the Stability AI Community License)."""
+
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def card(folder: RunFolder, config: RunConfig, name: str) -> str:
+    """The card of a run, as Markdown with the hub's fields on top; ``name`` is the repository's."""
+    manifest: dict[str, Any] = json.loads(folder.manifest.read_text()) if folder.manifest.exists() else {}
+    parts = [
+        f"---\n{_as_yaml(_fields(folder, config, manifest))}---\n",
+        f"# {folder.path.name}\n",
+        _first_words(folder, config, name),
+        "## How to use it\n",
+        f"```python\n{sample_code(config, name)}```\n",
+        _strength(config),
+        *(["## A note\n", f"{config.reporting.model_card_note}\n"] if config.reporting.model_card_note else []),
+        "## How it was made\n",
+        _training(folder, config, manifest),
+        _datasets(manifest),
+        "## Settings\n",
+        f"<details><summary>what was set</summary>\n\n```yaml\n{_as_yaml(_set(config))}```\n\n</details>\n",
+        _licence_words(config),
+    ]
+    lines = "\n".join(part for part in parts if part).splitlines()
+    return "\n".join(without_tokens(line) if "https://" in line else without_places(line, folder.path) for line in lines) + "\n"
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 10_000
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def _fields(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the hub reads: licence, base model, tags, and the pictures of its gallery."""
+    found: dict[str, Any] = {**_licence(config)}
+    if "/" in base_name(config):
+        found["base_model"] = base_name(config)
+    kind = "lora" if config.adapter.lora_type == "standard" else "lycoris"
+    found |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    found["tags"] = ["text-to-image", "diffusers", "sd3", "sd3-diffusers", "sd3tune", kind, "template:sd-lora"]
+    phrases = sorted({d["instance_prompt"] for d in manifest.get("datasets", ()) if d.get("instance_prompt")})
+    if phrases:
+        found["instance_prompt"] = phrases[0]
+    pictures = [path for at in picture_folders(folder)[-1:] for path in sorted(at.glob("*.json"))]
+    rows = [(json.loads(path.read_text()), path.with_suffix(".png").name) for path in pictures]
+    negative = config.validation.validation_negative_prompt
+    if rows:
+        found["widget"] = [
+            {"text": row["prompt"], "output": {"url": f"images/{picture}"}, "parameters": {"negative_prompt": negative}}
+            for row, picture in rows
+        ]
+    return found
+
+
+def _licence(config: RunConfig) -> dict[str, str]:
+    flavour = config.model.model_flavour
+    if flavour == "playground":
+        return {"license": "apache-2.0"}
+    base = base_name(config)
+    if base.startswith("stabilityai/"):
+        return {"license": "other", "license_name": "stabilityai-ai-community", "license_link": COMMUNITY.format(base)}
+    return {"license": "other"}
+
+
+def _licence_words(config: RunConfig) -> str:
+    fields = _licence(config)
+    if "license_link" in fields:
+        link = f"[Stability AI Community License]({fields['license_link']})"
+        return f"## Licence\n\nThe base model's: the {link}, also for what is made from it.\n"
+    if config.model.model_flavour == "playground":
+        return "## Licence\n\nThe base model's: Apache License 2.0.\n"
+    return "## Licence\n\nThat of the base model; see there.\n"
+
+
+def _first_words(folder: RunFolder, config: RunConfig, name: str) -> str:
+    kind = "LoRA" if config.adapter.lora_type == "standard" else "LyCORIS adapter"
+    base = "sd3tune's playground model" if config.model.model_flavour == "playground" else f"`{base_name(config)}`"
+    lines = [f"A {kind} for {base}, trained with sd3tune.\n"]
+    if folder.grid.exists():
+        lines.append("![the base model's pictures above the adapter's](grid.png)\n")
+    lines += [f"* {_quoted(prompt)}" for prompt in config.prompts]
+    v = config.validation
+    facts = (
+        f"guidance {v.validation_guidance:g}, {v.validation_num_inference_steps} steps of flow-matching Euler, shift {v.validation_shift:g}"
+    )
+    skipped = f", skip-layer guidance on blocks {list(v.validation_guidance_skip_layers)}" if v.validation_guidance_skip_layers else ""
+    if config.prompts:
+        lines.append(f"\nDrawn with {facts}{skipped}, {v.validation_resolution}, seed {config.validation_seed}.\n")
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
+
+
+def sample_code(config: RunConfig, name: str) -> str:
+    """Python that draws the first prompt as the run's last validation did."""
+    playground, lycoris = config.model.model_flavour == "playground", config.adapter.lora_type == "lycoris"
+    m, v = config.model, config.validation
+    (width, height), dtype = config.validation_sizes[0], DTYPES[m.mixed_precision]
+    options = "" if m.use_t5 else ", text_encoder_3=None, tokenizer_3=None"
+    base = "MODEL" if playground else repr(base_name(config))
+    scheduler = "FlowMatchEulerDiscreteScheduler"
+    code = [
+        "import torch",
+        f"from diffusers import {scheduler}, StableDiffusion3Pipeline",
+        *(["from huggingface_hub import hf_hub_download", "from lycoris import create_lycoris_from_weights"] if lycoris else []),
+        *(["from sd3tune.playground import MODEL"] if playground else []),
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=torch.{dtype}{options})",
+        f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, shift={v.validation_shift:g})",
+    ]
+    if lycoris:
+        code.append(f'file = hf_hub_download({name!r}, "lora.safetensors")')
+        code.append(f"network, _ = create_lycoris_from_weights({v.validation_lycoris_strength:g}, file, pipeline.transformer)")
+        code.append("network.merge_to()")
+    else:
+        code.append(f'pipeline.load_lora_weights({name!r}, weight_name="lora.safetensors")')
+    code += ["pipeline.to(device)", "picture = pipeline("]
+    prompt = config.prompts[0] if config.prompts else "a photograph"
+    code.append(f"    prompt={prompt!r}, negative_prompt={v.validation_negative_prompt!r},")
+    code.append(f"    guidance_scale={v.validation_guidance:g}, num_inference_steps={v.validation_num_inference_steps},")
+    code.append(f"    width={width}, height={height}, max_sequence_length={m.tokenizer_max_length},")
+    if v.validation_guidance_skip_layers:
+        code.append(f"    skip_guidance_layers={list(v.validation_guidance_skip_layers)},")
+        code.append(f"    skip_layer_guidance_scale={v.validation_guidance_skip_scale:g},")
+        start, stop = v.validation_guidance_skip_layers_start, v.validation_guidance_skip_layers_stop
+        code.append(f"    skip_layer_guidance_start={start:g}, skip_layer_guidance_stop={stop:g},")
+    code.append(f"    generator=torch.Generator().manual_seed({config.validation_seed}),")
+    code += [").images[0]", 'picture.save("picture.png")']
+    return "\n".join(code) + "\n"
+
+
+def _strength(config: RunConfig) -> str:
+    """What a loader must know of alpha and of the texts' length."""
+    a, length = config.adapter, config.model.tokenizer_max_length
+    lines = [f"Texts were {length} T5 tokens long in training, so `max_sequence_length={length}` belongs to it."]
+    if a.lora_type == "lycoris":
+        lines.append("The file carries its algorithm and alpha; it needs `pip install lycoris-lora`.")
+    else:
+        lines.append(
+            f"Trained with rank {a.lora_rank} and alpha {config.lora_alpha:g}; alpha / rank is folded into the file's weights, and "
+            "the file says alpha = rank, so a strength of 1 is what was trained. For ComfyUI: `sd3tune lora convert lora.safetensors --to "
+            "comfyui --out comfyui.safetensors`."
+        )
+    if config.model.t5_padding == "zero":
+        lines.append("T5's pads were zeros in training (`t5_padding: zero`), which a stock pipeline does not do: pictures differ a little.")
+    if a.use_ema:
+        lines.append("`lora-ema.safetensors` is its running average, in the same form.")
+    return "\n".join(lines) + "\n"
+
+
+def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> str:
+    o, data, history = config.optimizer, config.data, folder.read_history()
+    steps = max((row["step"] for row in history if row["type"] == "step"), default=0)
+    evals = [row for row in history if row["type"] == "eval"]
+    shift = config.flow_schedule_shift
+    rows = [
+        f"{steps} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
+        f"{o.optimizer}, learning rate {o.learning_rate:g}, {o.lr_scheduler} with {o.lr_warmup_steps} updates of warm-up, gradients "
+        f"limited to {o.max_grad_norm:g} by {o.grad_clip_method}",
+        f"flow matching, shift {'by size' if shift is None else f'{shift:g}'}, caption dropout {data.caption_dropout_probability:.0%}, "
+        f"seed {config.schedule.seed}",
+        f"{manifest.get('trainable_tensors', '?')} tensors, {manifest.get('trainable_parameters', 0):,} parameters; base precision "
+        f"{config.model.base_model_precision}, computed in {DTYPES[config.model.mixed_precision]}",
+    ]
+    if evals:
+        best = min(evals, key=lambda row: float(row["loss"]))
+        rows.append(
+            f"loss on {evals[-1]['images']} held-out images: {evals[0]['loss']:.4f} at step {evals[0]['step']}, "
+            f"{evals[-1]['loss']:.4f} at step {evals[-1]['step']}, least {best['loss']:.4f} at step {best['step']}"
+        )
+    drawn = picture_folders(folder)
+    if drawn:
+        rows.append(f"pictures above: step {step_of(drawn[-1])}")
+    return "\n".join(f"* {row}" for row in rows) + "\n"
+
+
+def _datasets(manifest: dict[str, Any]) -> str:
+    """The data sets by their names, never by where they lie."""
+    rows = []
+    for row in manifest.get("datasets", ()):
+        kind = {"eval": "held out", "conditioning": "masks"}.get(row.get("dataset_type", ""), "to learn from")
+        kind = "to stay as it is on" if row.get("is_regularisation_data") else kind
+        crop = "cropped" if row.get("crop") else "not cropped"
+        rows.append(f"| {row['id']} | {kind} | {row.get('resolution', '')} | {crop} | {row.get('repeats', 0)} |")
+    if not rows:
+        return ""
+    count = f"{manifest.get('images_used', 0)} images to learn from, {manifest.get('images_held_out', 0)} held out.\n"
+    return "\n".join([count, "| data set | used | resolution | crop | repeats |", "|---|---|---|---|---|", *rows, ""])
+
+
+def _set(config: RunConfig) -> dict[str, Any]:
+    """Every setting that differs from its default, as plain data."""
+    plain = RunConfig().leaves()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in shareable(config).items() if v != plain.get(k)}

@@ -156,7 +156,7 @@ def rollouts_of(plan: Plan, rules: Rules) -> tuple[str, float]:
     each = images * sum(count * passes for count, passes in parts) / sum(count for count, _ in parts)
     chances = [rules.rollout.chance(update) for update in range(rules.total)]
     mean, most = each * sum(chances) / len(chances), each * max(chances)
-    cost = f"{mean:.3g} more pictures than the {images:.3g} that learn go through the model in a mean update, at most {most:.3g}"
+    cost = f"beside the {images:.3g} pictures that learn, {mean:.3g} go through the model in a mean update, at most {most:.3g}"
     return f"{rules.rollout}; {cost}", mean
 
 

@@ -37,10 +37,7 @@ NOT_NEEDED = {
     "data_backend_config": "datasets.yaml is named on the command line",
     "resume_from_checkpoint": "sd3tune train --resume RUN",
     "trainer_extra_args": "its settings are listed here one by one",
-    **dict.fromkeys(
-        ("accelerate_config", "deepspeed_config", "fsdp_enable"),
-        "several GPUs need no file of their own: num_processes, and torchrun; an adapter's state is too small to be split",
-    ),
+    **dict.fromkeys(("accelerate_config", "deepspeed_config", "fsdp_enable"), "several GPUs need no more than num_processes and torchrun"),
     "disable_benchmark": "there is none; the base model's pictures are the grid's first row",
     "aspect_bucket_rounding": "shapes count to two decimals",
     "push_to_hub_background": "uploads are always in the background",

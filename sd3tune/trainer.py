@@ -10,29 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd3tune import certificate, control, keeping, resuming
-from sd3tune.assembly import begin, check_sizes, check_texts, checkpointing, plan_digest, rules_of, spec_of, write_adapter
+from sd3tune.assembly import plan_digest, write_adapter
+from sd3tune.building import build, manifest_of
 from sd3tune.cache import Cache, CacheBuilder
-from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
 from sd3tune.judging import Judge
-from sd3tune.manifest import Manifest, describe
-from sd3tune.models import adapters, capabilities, components, encoders, lycoris_adapters, memory
+from sd3tune.manifest import Manifest
+from sd3tune.models import components, encoders, memory
 from sd3tune.models.lora_layouts import Layout
-from sd3tune.models.tokens import truncated
 from sd3tune.processes import Processes, join
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord, WaitRecord
 from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
-from sd3tune.training.batches import Batches
-from sd3tune.training.engine import Engine
 from sd3tune.training.guard import GuardError
-from sd3tune.training.optim import require as require_optimizer
-from sd3tune.training.prior import Prior
-from sd3tune.training.velocity import SamplerVelocity, TransformerVelocity
 from sd3tune.validation.grids import Grid
 
 POLL = 0.2
@@ -61,44 +55,12 @@ class Trainer:
         log_level()
         self.processes = processes or join(config.run.num_processes or 1)
         self.config, self.cache = config, cache
-        self.device = self.processes.device or components.pick_device()
-        capabilities.require(config)
-        require_optimizer(config.optimizer.optimizer, self.device)
-        check_texts(config, cache)
         notes = self.processes.by_main(lambda: require(config))
-        self.transformer = components.load_transformer(config, self.device)
-        if checkpointing(config, self.device):
-            self.transformer.enable_gradient_checkpointing()
-        check_sizes(cache.plan, self.transformer.config)
-        self.network: Any = None
-        if config.adapter.lora_type == "lycoris":
-            lycoris = lycoris_adapters.read_config(config.adapter.lycoris_config)
-            self.network, weights = lycoris_adapters.add_lycoris(self.transformer, lycoris, seed=config.schedule.seed)
-        else:
-            weights = adapters.add_lora(self.transformer, spec_of(config), seed=config.schedule.seed)
-        begun = begin(config, weights) if folder is None else ""
-        batches = Batches(
-            cache, seed=config.schedule.seed, caption_dropout=config.data.caption_dropout_probability, latent_draw=config.data.latent_draw,
-            masked_probability=config.objective.masked_loss_probability, dropout_mode=config.data.caption_dropout_mode,
-        )  # fmt: skip
-        velocity = TransformerVelocity(self.transformer, components.compute_dtype(config))
-        self.engine = Engine(
-            velocity, weights, batches, rules_of(config, cache.plan), prior=Prior(velocity, self.transformer, self.network),
-            walker=SamplerVelocity(velocity, self.network), processes=self.processes,
-        )  # fmt: skip
+        parts = build(config, cache, self.processes, fresh=folder is None)
+        self.device, self.transformer, self.network, self.engine = parts.device, parts.transformer, parts.network, parts.engine
         self._judge = Judge(self.engine, self.transformer, self.network, cache, self.device)
         self._judge.check_layers(config)
-        cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
-        self.manifest: Manifest = describe(
-            cache,
-            self.transformer,
-            weights,
-            self.engine.rules,
-            batches,
-            truncated=cut_off,
-            seconds_per_update=self.engine.seconds_per_update(),
-            advice=tuple(map(str, advice(config))),
-        )
+        self.manifest: Manifest = manifest_of(config, cache, parts)
         self.folder = folder or self.processes.by_main(lambda: RunFolder.create(Path(config.run.output_dir).absolute()))
         self._saver = Saver(self.folder, config, main=self.processes.main)
         self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
@@ -108,7 +70,7 @@ class Trainer:
         """How the run was resumed, if it was."""
         self._reporters = Reporters.of(config, self.folder, cache.plan, notes) if self.processes.main else Reporters(self.folder)
         if folder is None:
-            self._saver.begin(config, self.manifest, begun)
+            self._saver.begin(config, self.manifest, parts.said)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

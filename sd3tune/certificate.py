@@ -30,9 +30,9 @@ class Certificate(Shown):
         return "\n".join([*self.lines, *apart])
 
 
-def versions() -> dict[str, str]:
-    """Software and device that a run's bits may depend on."""
-    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+def versions(processes: int) -> dict[str, str]:
+    """Software and devices that a run's bits may depend on."""
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads()), "processes": str(processes)}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     for name in PACKAGES:
         try:
@@ -48,7 +48,9 @@ def installed() -> str:
     return "\n".join([f"# Python {platform.python_version()}, {platform.platform()}", *sorted(rows, key=str.lower)]) + "\n"
 
 
-def certify(state: Mapping[str, Any], made: Plan, *, steps: int, learning_rate: float, changes: Mapping[str, Any]) -> Certificate:
+def certify(
+    state: Mapping[str, Any], made: Plan, *, steps: int, learning_rate: float, changes: Mapping[str, Any], processes: int
+) -> Certificate:
     """The certificate of a state that was read back, for a plan whose order is known to be the same."""
     step = int(state["updates"])
     batch = int(state.get("next", step)) * made.accumulation
@@ -66,6 +68,6 @@ def certify(state: Mapping[str, Any], made: Plan, *, steps: int, learning_rate: 
     ]
     if state.get("skipped"):
         lines.append(f"left out for good by the guard: {len(state['skipped'])} updates' batches")
-    then, now = state.get("versions", {}), versions()
+    then, now = state.get("versions", {}), versions(processes)
     apart = [f"{name} was {then[name]} and is {now[name]}" for name in now if name in then and then[name] != now[name]]
     return Certificate(tuple(lines), tuple(apart))

@@ -43,8 +43,24 @@ def held_out(evals: Sequence[Point]) -> str:
     return f"{_frame(spoken(shown, name='loss on held-out pictures'))}{body}</svg>"
 
 
-def _frame(says: str) -> str:
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(says)}" '
+def levels(counts: Sequence[int]) -> str:
+    """How often each tenth of the noise levels, from picture to noise, is drawn: ten bars with their shares in per cent."""
+    shares = [100 * count / max(sum(counts), 1) for count in counts]
+    says = "noise levels drawn, per cent in each tenth from picture to noise: " + ", ".join(f"{share:.0f}" for share in shares)
+    width, parts = (WIDTH - LEFT - RIGHT) / max(len(shares), 1), [f'<text x="4" y="15" {_TEXT}>noise levels drawn, %</text>']
+    for place, share in enumerate(shares):
+        x, tall = LEFT + place * width, 44 * share / max([*shares, 1])
+        parts.append(
+            f'<rect x="{x + 3:.1f}" y="{84 - tall:.1f}" width="{width - 6:.1f}" height="{tall:.1f}" fill="{_ACCENT}" stroke="none"/>'
+        )
+        parts.append(f'<text x="{x + width / 2:.1f}" y="{80 - tall:.1f}" {_TEXT} text-anchor="middle">{share:.0f}</text>')
+    ends = ((LEFT, "start", "picture"), (WIDTH - RIGHT, "end", "noise"))
+    parts += [f'<text x="{x}" y="100" {_TEXT} text-anchor="{anchor}" opacity="0.7">{word}</text>' for x, anchor, word in ends]
+    return f"{_frame(says, 106)}{''.join(parts)}</svg>"
+
+
+def _frame(says: str, height: int = HEIGHT) -> str:
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(says)}" '
     return frame + 'style="width:100%;height:auto;display:block" fill="none" stroke="currentColor" font-family="sans-serif" font-size="13">'
 
 

@@ -46,7 +46,8 @@ class Followed:
             time.sleep(POLL)
         self._launched, self.folder = launched, folder
         self.config = RunConfig.load(folder.config)
-        self.total = int(json.loads(folder.manifest.read_text())["updates"])
+        manifest = json.loads(folder.manifest.read_text())
+        self.total, self.noise_levels = int(manifest["updates"]), tuple(manifest["levels"])
 
     @property
     def steps_done(self) -> int:

@@ -135,7 +135,7 @@ class Runner:
     def _work(self, trainer: Trainer) -> str:
         self._put(
             step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
-            message="",
+            message="", noise_levels=trainer.noise_levels,
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
         self._obey(trainer)

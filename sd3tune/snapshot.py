@@ -54,6 +54,8 @@ class Snapshot:
     changes: tuple[tuple[int, str], ...] = ()
     folder: str = ""
     config: RunConfig | None = None
+    noise_levels: tuple[int, ...] = ()
+    """How many of those drawn lie in each tenth of 0 to 1."""
     points: list[tuple[int, float]] | tuple[()] = ()
     count: int = 0
 

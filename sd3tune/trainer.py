@@ -85,6 +85,11 @@ class Trainer:
         return self._total
 
     @property
+    def noise_levels(self) -> tuple[int, ...]:
+        """How many of the noise levels that are drawn lie in each tenth of 0 to 1."""
+        return self.manifest.levels
+
+    @property
     def done(self) -> bool:
         """Whether the run has all its updates."""
         return self.steps_done >= self.total
@@ -420,7 +425,7 @@ class Trainer:
         live = {name: value for name, value in self.config.leaves().items() if is_live(name)}
         return {
             **self.engine.state_dict(), "live": live, "plan": plan_digest(self.cache.plan), "steps": self.total,
-            "rollbacks": self._rollbacks, "versions": certificate.versions(),
+            "rollbacks": self._rollbacks, "versions": certificate.versions(self.processes.count),
         }  # fmt: skip
 
     def checkpoint(self) -> CheckpointRecord:
@@ -476,6 +481,7 @@ class Trainer:
             raise ConfigError([refused], "resume")
         self._orders.clear()  # each process was told of the changes itself
         self.certificate = certificate.certify(
-            state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate), changes=changes
-        )
+            state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate), changes=changes,
+            processes=self.processes.count,
+        )  # fmt: skip
         self._tell(NoticeRecord(step=self.steps_done, text=str(self.certificate)))

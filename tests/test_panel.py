@@ -230,6 +230,16 @@ def test_the_curve_can_be_read_aloud() -> None:
     assert root.get("aria-label") == "loss 0.612 at step 2; 0.7 on held-out pictures"
 
 
+def test_bars_are_as_high_as_their_shares() -> None:
+    """Ten bars whose heights are to each other as what was drawn; the shares are said in words, and stand over the bars."""
+    counts = (100, 200, 0, 50, 50, 100, 100, 100, 100, 200)
+    root = ElementTree.fromstring(charts.levels(counts))
+    heights = [float(p.get("height", "")) for p in root.iter() if p.tag.endswith("rect")]
+    assert heights == pytest.approx([44 * count / 200 for count in counts], abs=0.06)
+    assert root.get("aria-label", "").endswith("10, 20, 0, 5, 5, 10, 10, 10, 10, 20")
+    assert "10,20,0,5,5,10,10,10,10,20" in ",".join(p.text or "" for p in root.iter() if p.tag.endswith("text"))
+
+
 def test_the_envelope_keeps_every_peak() -> None:
     points = [(k, 100.0 if k == 777 else 0.0) for k in range(2000)]
     kept = charts.envelope(points)

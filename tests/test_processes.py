@@ -182,6 +182,7 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(data: Path) -> No
     assert [row["step"] for row in folder.read_history() if row["type"] == "step"][-1] == step
     trainer = st.Trainer.resume(folder.path)
     assert (trainer.processes.count, trainer.config.run.num_processes, trainer.config.data.train_batch_size) == (1, 1, 8)
+    assert "processes was 2 and is 1" in str(trainer.certificate)
     assert trainer.step().step == step + 1
 
 

@@ -32,6 +32,7 @@ class FakeTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         self.config = presets.playground()
         self.folder = SimpleNamespace(path=folder)
+        self.noise_levels = (1, 2, 3, 4, 5, 5, 4, 3, 2, 1)
         self.cache = SimpleNamespace(plan=SimpleNamespace(steps=steps))
         self.steps_done, self.calls, self.threads = 0, list[Any](), set[str]()
         self.seconds, self.fails_at, self.error = seconds, 0, Exception("out of memory")

@@ -233,8 +233,9 @@ def advice_text(config: RunConfig) -> str:
 
 
 def curve(now: Snapshot) -> str:
-    """The loss so far."""
-    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes])
+    """The loss so far, over the noise levels that are drawn."""
+    drawn = charts.levels(now.noise_levels) if now.noise_levels else ""
+    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes]) + drawn
 
 
 def pictures_caption(now: Snapshot) -> str:

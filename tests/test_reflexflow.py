@@ -179,7 +179,7 @@ def test_the_bias_is_that_of_the_same_noise_level() -> None:
     made.batches = Sided()
     _, part = made._forward(0)
     assert torch.equal(spy.asked[-1], part.sigma_B)
-    latent = made.batches[0].latent_BCHW
+    latent = made.batches.part(0, range(2)).latent_BCHW
     assert torch.allclose(spy.points[-1], flow.mix(latent, noise(latent.shape, seed=5, k=0), part.sigma_B))
     made.velocity = made._walker = lambda noisy, sigma, *_: toy.b * torch.ones_like(noisy) + sigma.view(-1, 1, 1, 1)
     loss, part = made._forward(0)

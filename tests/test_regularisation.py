@@ -97,7 +97,7 @@ def test_the_weight_is_that_of_the_gradient(weight: float) -> None:
     for k, kinds in ((0, "l"), (1, "r")):
         one, toy = mixed("lr")
         one._optimizer.zero_grad(set_to_none=True)
-        assert one.batches[k].regularisation == (kinds == "r")
+        assert one.batches.part(k, range(2)).regularisation == (kinds == "r")
         one._backward(k, 4)
         halves.append(toy.a.grad.clone())  # type: ignore[union-attr]
     assert torch.allclose(got, halves[0] + weight * halves[1], rtol=1e-5)

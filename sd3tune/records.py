@@ -63,6 +63,13 @@ class EvalRecord(Record):
     images: int
     sigmas: tuple[float, ...]
     losses_by_sigma: tuple[float, ...]
+    losses_by_image: tuple[float, ...] = ()
+    train_losses_by_image: tuple[float, ...] = ()
+    """The same of some training pictures, always of the same ones."""
+    drifts_by_image: tuple[float, ...] = ()
+    """Squared distance from the base model's predictions on the held-out pictures, as shares of the base's mean loss there."""
+    verdict: str = ""
+    """What the evaluations so far say, in a sentence that begins with the word for it; empty when this is the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ from sd3tune.training.velocity import TransformerVelocity
 from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
+from sd3tune.validation.verdict import judged
 
 POLL = 0.2
 """Seconds between two looks at what a waiting run waits for."""
@@ -380,7 +381,10 @@ class Trainer:
             raise TrainingError("there are no held-out pictures; add a data set with dataset_type: eval")
         levels = evaluation_levels(self.engine.rules, self.cache.plan.evaluation, self.config.evaluation.eval_timesteps)
         with self._evaluating():
-            record = evaluation_loss(self.engine.velocity, self.cache, sigmas=levels, device=self.device, step=self.steps_done)
+            record = evaluation_loss(
+                self.engine.velocity, self.cache, sigmas=levels, device=self.device, step=self.steps_done, prior=self.engine.prior
+            )  # fmt: skip
+        record = judged(record, self.folder.read_history())
         self._tell(record)
         return record
 

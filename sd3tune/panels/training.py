@@ -232,8 +232,9 @@ def advice_text(config: RunConfig) -> str:
 
 
 def curve(now: Snapshot) -> str:
-    """The loss so far."""
-    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes])
+    """The loss so far, over the newest verdict."""
+    said = f'<div role="status" style="{_LOOK[False]}">{escape(now.verdict)}</div>' if now.verdict else ""
+    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes]) + said
 
 
 def pictures_caption(now: Snapshot) -> str:

@@ -1,0 +1,89 @@
+"""Does the rate that `lr_probe` recommends learn as much as the best of a grid?
+
+For each seed and kind of adapter: the fall of the held-out loss in whole runs of 200 updates at nine rates from 1e-5 to 1e-1 (the
+preset's cosine schedule with its warm-up), in one more at the recommended rate, and the share of the best that it reaches.
+One thread. Rows that --known holds already are not measured again.
+python benchmarks/lr_probe.py [--arm SEED:KIND ...] [--known FILE] [--truth-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sd3tune as st
+from sd3tune import playground
+
+KINDS: dict[str, dict[str, Any]] = {
+    "preset-16": {},
+    "attention-4": {"lora_rank": 4, "lora_targets": ("to_q", "to_k", "to_v", "to_out.0")},
+}
+RATES = tuple(10 ** (-5 + i / 2) for i in range(9))
+UPDATES = 200
+DATA = f"""
+- {{id: train, instance_data_dir: {playground.PICTURES / "train"}, resolution: 64,
+   crop: true, crop_aspect: closest, crop_aspect_buckets: [0.6, 1.0, 1.67]}}
+- {{id: held, instance_data_dir: {playground.PICTURES / "heldout"}, resolution: 64, dataset_type: eval}}
+"""
+
+
+class Arm:
+    """One seed and one kind of adapter."""
+
+    def __init__(self, name: str, folder: Path, known: Path) -> None:
+        seed, self._kind = name.split(":")
+        self._name, self._seed, self._folder, self._known = name, int(seed), folder, known
+        data = folder / "datasets.yaml"
+        data.write_text(DATA)
+        config = self._config(1e-3)
+        self._cache = st.CacheBuilder(st.plan(st.discover(data), config), st.encoders(config)).build()
+
+    def _config(self, rate: float) -> st.RunConfig:
+        return st.presets.playground(
+            seed=self._seed, max_train_steps=UPDATES, learning_rate=rate, validation_prompt=(), cache_dir=str(self._folder / "cache"),
+            output_dir=str(self._folder / "runs" / "run"), **KINDS[self._kind],
+        )  # fmt: skip
+
+    def fall(self, rate: float) -> float:
+        """How much of the held-out loss a whole run takes away; nothing, if it ran away."""
+        rows = [json.loads(line) for line in self._known.read_text().splitlines()] if self._known.exists() else []
+        for row in rows:
+            if row["arm"] == self._name and abs(row["rate"] / rate - 1) < 1e-6:
+                return float(row["fall"])
+        trainer, started = st.Trainer(self._config(rate), self._cache), time.monotonic()
+        base, why = trainer.evaluate().loss, ""
+        try:
+            while not trainer.done:
+                trainer.step()
+        except st.TrainingError as error:
+            why = str(error).split(";")[0]
+        fall = 0.0 if why else 1 - trainer.evaluate().loss / base
+        row = {"arm": self._name, "rate": rate, "fall": fall, "why": why, "seconds": round(time.monotonic() - started)}
+        with self._known.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+        return fall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arm", nargs="*", default=["0:preset-16", "1:attention-4"])
+    parser.add_argument("--known", default="lr_probe.jsonl", type=Path)
+    parser.add_argument("--truth-only", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        for arm_name in options.arm:
+            arm = Arm(arm_name, Path(name), options.known)
+            falls = {rate: arm.fall(rate) for rate in RATES}
+            print(arm_name, {f"{rate:.1e}": round(fall, 4) for rate, fall in falls.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

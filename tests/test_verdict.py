@@ -1,0 +1,143 @@
+"""The verdict on a run's evaluations: its words on constructed histories, and on two real runs."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from sd3tune.validation.verdict import Change, change, jitter, student, verdict
+
+IMAGES = 8
+
+
+def history(
+    held: Sequence[float], train: Sequence[float], drift: Sequence[float] | None = None, *, noise: float = 0.002, shake: float = 0.0,
+    seed: int = 0, images: int = IMAGES, every: int = 100,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Evaluations with these means: pictures differ much from one another, and by ``noise`` of their own in each evaluation;
+    ``shake`` moves all pictures of an evaluation together.
+    """
+    rng = random.Random(seed)
+    own = [rng.uniform(0.5, 1.5) for _ in range(images)]
+    own = [value * images / sum(own) for value in own]
+    drift = drift or [0.0] * len(held)
+    rows = []
+    for number, (h, t, d) in enumerate(zip(held, train, drift, strict=True)):
+        together = 1 + rng.gauss(0, shake)
+        one, other = ([value * mean * together * (1 + rng.gauss(0, noise)) for value in own] for mean in (h, t))
+        rows.append(
+            {"type": "eval", "step": number * every, "loss": sum(one) / images, "sigmas": [0.5], "losses_by_image": one,
+             "train_losses_by_image": other, "drifts_by_image": [d * value for value in own]}
+        )  # fmt: skip
+    return rows
+
+
+def word(rows: list[dict[str, Any]]) -> str:
+    found = verdict(rows)
+    assert found is not None
+    assert found.sentence.startswith(f"{found.word}: ")
+    return found.word
+
+
+def test_both_fall() -> None:
+    """Held-out and training loss fall: still learning, with the fall since the last evaluation of the first three quarters."""
+    rows = history([0.7, 0.6, 0.56, 0.54, 0.52], [0.7, 0.6, 0.55, 0.53, 0.51], [0, 0.1, 0.14, 0.16, 0.18], noise=0)
+    assert str(verdict(rows)) == (
+        "still learning: since step 300, held-out pictures down (-3.70% ± 0.69%), training pictures down (-3.77% ± 0.70%), "
+        "distance from the base 18.0% of its error"
+    )
+
+
+def test_training_falls_and_held_out_rises() -> None:
+    """Over-fitting, counted from the best evaluation, whose adapter is named."""
+    rows = history([0.7, 0.55, 0.54, 0.56, 0.58], [0.7, 0.55, 0.50, 0.46, 0.42])
+    assert word(rows) == "over-fitting"
+    sentence = str(verdict(rows))
+    assert "since step 200, held-out pictures up (+7." in sentence
+    assert "training pictures down (-1" in sentence
+    assert sentence.endswith("; the adapter of step 200 is the best so far")
+
+
+def test_nothing_moves() -> None:
+    """Flat, with the band that says how well that is known."""
+    rows = history([0.7, 0.52, 0.52, 0.52, 0.52], [0.7, 0.51, 0.51, 0.51, 0.51], [0, 0.2, 0.2, 0.2, 0.2])
+    assert word(rows) == "flat"
+    assert "held-out pictures unchanged (" in str(verdict(rows))
+
+
+def test_it_moves_without_a_gain() -> None:
+    """Held-out loss flat while the predictions leave the base's: drifting; with less movement than the doubt about the gain, flat."""
+    held, train = [0.7, 0.52, 0.52, 0.52, 0.52], [0.7, 0.51, 0.51, 0.51, 0.51]
+    assert word(history(held, train, [0, 0.2, 0.22, 0.25, 0.33])) == "drifting"
+    assert "moves away from the base without a gain" in str(verdict(history(held, train, [0, 0.2, 0.22, 0.25, 0.33])))
+    assert word(history(held, train, [0, 0.2, 0.22, 0.25, 0.33], noise=0.2)) == "flat"
+    assert word(history(held, train, [0, 0.2, 0.22, 0.25, 0.255], noise=0)) == "flat"
+
+
+def test_both_rise() -> None:
+    """Held-out and training loss rise: drifting, not over-fitting."""
+    means = [0.7, 0.55, 0.56, 0.58, 0.6, 0.62]
+    rows = history(means, means)
+    assert word(rows) == "drifting"
+    assert "without learning anything: lower learning_rate; the adapter of step 100 is the best so far" in str(verdict(rows))
+
+
+def test_a_run_that_recovers_is_learning() -> None:
+    """Above its best, but falling for a quarter of the run: still learning."""
+    means = [0.7, 0.5, *(0.62 - 0.005 * n for n in range(16))]
+    assert word(history(means, means)) == "still learning"
+
+
+def test_too_little_to_say() -> None:
+    """Nothing with one evaluation or with older ones of other pictures; one picture is unclear; what is not finite is drifting."""
+    rows = history([0.7, 0.6], [0.7, 0.6])
+    assert verdict(rows[:1]) is None
+    assert verdict([{**rows[0], "losses_by_image": []}, rows[1]]) is None
+    assert verdict([{**rows[0], "sigmas": [0.4]}, rows[1]]) is None
+    assert verdict([{key: value for key, value in rows[0].items() if "by_image" not in key}, rows[1]]) is None
+    assert verdict([{**rows[0], "step": 100}, rows[1]]) is None, "the same moment again"
+    assert word(history([0.7, 0.6], [0.7, 0.6], images=1)) == "unclear"
+    assert word([rows[0], {**rows[1], "loss": math.nan}]) == "drifting"
+
+
+@pytest.mark.parametrize(("noise", "shake"), [(0.02, 0.0), (0.0, 0.01), (0.01, 0.005)])
+def test_noise_is_not_called_a_trend(noise: float, shake: float) -> None:
+    """Around a constant: independent noise of pictures, or a shaking of all pictures together; at most 5 % of 400 runs get a word."""
+    words = [word(history([0.5] * 13, [0.5] * 13, noise=noise, shake=shake, seed=seed)) for seed in range(400)]
+    assert words.count("flat") >= 380, {one: words.count(one) for one in set(words)}
+
+
+def test_a_trend_is_seen_through_noise() -> None:
+    """A rise of 6 % over the last half with 1 % of noise in each picture: at least 95 % of 100 runs are called over-fitting."""
+    held = [0.7, 0.6, 0.55, 0.53, 0.525, 0.52, 0.525, 0.53, 0.535, 0.54, 0.545, 0.55, 0.555]
+    train = [0.7 * 0.96**n for n in range(13)]
+    words = [word(history(held, train, noise=0.01, seed=seed)) for seed in range(100)]
+    assert words.count("over-fitting") >= 95
+
+
+def test_the_band_is_students() -> None:
+    """Four differences of 0.1, 0.2, 0.3, 0.4: mean 0.25, half width 3.182 * 0.1291 / 2; in 10,000 draws 95 % of bands hold the truth."""
+    found = change([1, 1, 1, 1], [1.1, 1.2, 1.3, 1.4], 1)
+    assert (found.mean, found.band) == (pytest.approx(0.25), pytest.approx(0.2054, abs=1e-4))
+    assert change([2], [1], 2) == Change(-0.5, math.inf)
+    assert (student(2), student(31), student(1000)) == (12.706, 2.042, pytest.approx(1.962, abs=0.002))
+    rng = random.Random(1)
+    held = 0
+    for _ in range(10_000):
+        row = change([0.0] * 5, [rng.gauss(0.3, 1) for _ in range(5)], 1)
+        held += abs(row.mean - 0.3) <= row.band
+    assert held / 10_000 == pytest.approx(0.95, abs=0.01)
+
+
+def test_jitter_is_what_goes_to_and_fro() -> None:
+    """None in a smooth curve; of independent noise about 0.8 deviations; a sharp bend counts by its smaller side."""
+    assert jitter([0.7, 0.6, 0.55, 0.53, 0.52]) == 0
+    assert jitter([0.7, 0.5]) == 0
+    assert jitter([0.7, 0.5, 0.51, 0.52]) == pytest.approx(0.01 / math.sqrt(2))
+    rng = random.Random(2)
+    found = [jitter([rng.gauss(0, 0.1) for _ in range(13)]) for _ in range(500)]
+    assert 0.075 < sum(found) / len(found) < 0.09

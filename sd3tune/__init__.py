@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sd3tune.listing import runs
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
+    from sd3tune.probing import lr_probe
     from sd3tune.records import StepRecord
     from sd3tune.replaying import replay
     from sd3tune.trainer import Trainer
@@ -39,14 +40,14 @@ _HOMES = {
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
     "free": "models.freeing", "from_simpletuner": "data.simpletuner", "presets": "config.presets", "replay": "replaying",
-    "runs": "listing",
+    "lr_probe": "probing", "runs": "listing",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "plan", "presets", "replay", "runs",
+    "encoders", "free", "from_simpletuner", "lr_probe", "plan", "presets", "replay", "runs",
 ]  # fmt: skip
 
 

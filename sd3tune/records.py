@@ -73,6 +73,22 @@ class EvalRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeRecord(Record):
+    """What a learning rate has learned after some updates that do not count; not written to the history. ``step`` is the trainer's."""
+
+    type: ClassVar[str] = "probe"
+    learning_rate: float
+    updates: int
+    """Updates at this rate; 0 for the state that all rates begin with."""
+    losses_by_image: tuple[float, ...]
+    """Of the pictures that all rates are judged by; empty when the rate ran away."""
+    refused: str = ""
+    """Why the guard ended this rate."""
+    last: bool = False
+    """Whether this rate is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewRecord(Record):
     """One step of the sampler is done."""
 

@@ -17,6 +17,7 @@ from sd3tune.config.advice import advice
 from sd3tune.config.reading import is_live
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, terminated_as_interrupt
+from sd3tune.data.buckets import Placement
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
 from sd3tune.files import write_text
 from sd3tune.history import History
@@ -45,7 +46,7 @@ from sd3tune.training.guard import GuardError
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
 from sd3tune.training.velocity import TransformerVelocity
-from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
+from sd3tune.validation.evaluate import by_image, evaluation_levels, evaluation_loss, look
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
 from sd3tune.validation.verdict import judged
@@ -387,6 +388,16 @@ class Trainer:
         record = judged(record, self.folder.read_history())
         self._tell(record)
         return record
+
+    def losses(self, placements: Sequence[Placement], sigmas: Sequence[float]) -> tuple[float, ...]:
+        """The loss of pictures with fixed noise, each a mean over noise levels; group after group of one size."""
+        with self._evaluating():
+            seen = look(self.engine.velocity, self.cache, placements, sigmas=sigmas, device=self.device)
+            return by_image([group.losses_B for group in seen])
+
+    def notice(self, text: str) -> Record:
+        """Write something that a person should read to the history."""
+        return self._tell(NoticeRecord(step=self.steps_done, text=text))
 
     def validation(self) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""

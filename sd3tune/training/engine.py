@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd3tune.control import interrupts_deferred
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.records import StepRecord
 from sd3tune.training import flow
@@ -231,6 +232,19 @@ class Engine:
         for name, value in values.items():
             self.weights[name].copy_(value)
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Updates that do not count: at the end of the block, however it ends, everything is as it was, bit for bit."""
+        now, rules, healthy = self.state_dict(), self.rules, self._healthy
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                with interrupts_deferred():
+                    self.load_state_dict(now)
+                    self.rules, self._healthy = rules, healthy
+                    self._optimizer.zero_grad(set_to_none=True)
+
     def result(self) -> dict[str, Tensor]:
         """The adapter to save for use, in fp32: the weights, or the average that schedule-free training judges."""
         with self.judged():
@@ -249,7 +263,7 @@ class Engine:
         adapter = {name: self._aside.get(name, weight.detach()).clone().cpu() for name, weight in self.weights.items()}
         tensors, numbers = optimizer_state(self._optimizer, self.weights)
         moments = {key: value.cpu() for key, value in tensors.items()}
-        mean = {f"ema.{name}": value.cpu() for name, value in self.ema.items()}
+        mean = {f"ema.{name}": value.clone().cpu() for name, value in self.ema.items()}
         return {
             "adapter": adapter, "optimizer": {**moments, **mean}, "optimizer_numbers": numbers, "updates": self.updates,
             "loss_scale": [self._scale, self._calm], "next": self._next, "skipped": sorted(self.skipped), "guard": self.guard.state(),
@@ -273,3 +287,4 @@ class Engine:
         self.updates = int(state["updates"])
         self._next, self._moving = int(state.get("next", self.updates)), False
         self.skipped, self.guard = set(state.get("skipped", ())), Guard(**copy.deepcopy(dict(state.get("guard", {}))))
+        self._healthy = {**state}

@@ -54,7 +54,7 @@ def look(
 
     One forward pass for each picture and level; with a ``prior`` one of the base model, too, at up to `DRIFT_LEVELS` of the levels.
     """
-    compared = () if prior is None else _spread(len(sigmas), DRIFT_LEVELS)
+    compared = () if prior is None else spread(len(sigmas), DRIFT_LEVELS)
     for number, rows in enumerate(_groups(placements, batch)):
         held = _Held(load(cache, [(p, p.item.caption) for p in rows]), number, device)
         losses_B, drifts_B, errors_B = [], [], []
@@ -144,10 +144,10 @@ def training_pictures(made: Plan, count: int) -> list[Placement]:
         if not placement.item.dataset.is_regularisation_data:
             once.setdefault(placement.item.id, placement)
     rows = list(once.values())
-    return [rows[i] for i in _spread(len(rows), count)]
+    return [rows[i] for i in spread(len(rows), count)]
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """Up to ``count`` places out of ``length``: the middle of each equal part."""
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]

@@ -4,7 +4,7 @@ For each seed and kind of adapter: the fall of the held-out loss in whole runs o
 preset's cosine schedule with its warm-up), in one more at the recommended rate, and the share of the best that it reaches. From
 the middle outwards; beyond a rate that reaches less than a third of the best so far, the grid is not measured unless --all is
 given. One thread. Rows that --known holds already are not measured again.
-python benchmarks/lr_probe.py [--arm SEED:KIND ...] [--known FILE] [--all] [--truth-only]
+python benchmarks/lr_probe.py [--arm SEED:KIND ...] [--known FILE] [--all]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import sd3tune as st
 from sd3tune import playground
 from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
+from sd3tune.validation.probed import Probed
 
 KINDS: dict[str, dict[str, Any]] = {
     "preset-16": {},
@@ -72,6 +73,15 @@ class Arm:
         print(json.dumps(row), flush=True)
         return fall
 
+    def probe(self) -> Probed:
+        """What the probe says before the first update."""
+        trainer = st.Trainer(self._config(1e-3), self._cache)
+        probe, started = st.lr_probe(trainer), time.monotonic()
+        print(probe, flush=True)
+        found = probe.run()
+        print(f"{found}\nin {time.monotonic() - started:.0f} s", flush=True)
+        return found
+
     def _held_out(self, trainer: st.Trainer) -> float:
         levels = evaluation_levels(trainer.engine.rules, self._cache.plan.evaluation, 8)
         velocity = trainer.engine.velocity
@@ -94,14 +104,17 @@ def main() -> None:
     parser.add_argument("--arm", nargs="*", default=["0:preset-16", "1:attention-4"])
     parser.add_argument("--known", default="lr_probe.jsonl", type=Path)
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--truth-only", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         for arm_name in options.arm:
             arm = Arm(arm_name, Path(name), options.known)
+            found = arm.probe()
+            reached = arm.fall(found.rate) if found.rate else 0.0
             falls = arm.falls(options.all)
-            print(arm_name, {f"{rate:.1e}": round(fall, 4) for rate, fall in falls.items()}, flush=True)
+            best = max(falls.values())
+            print(arm_name, ", ".join(f"{rate:.1e}: {fall:.4f}" for rate, fall in falls.items()))
+            print(f"recommended {found.rate}: {reached:.4f}, {reached / best:.1%} of the best of the grid", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 UPDATES, STEP, SIDE = 16, math.sqrt(10), 4
 """Updates at each rate; the factor between two rates; most rates on either side of the configured one."""
 
-PICTURES, LEAST, LEVELS = 8, 4, 6
+PICTURES, LEAST, LEVELS = 16, 4, 4
 """Pictures and noise levels that judge each rate; with fewer held-out pictures than ``LEAST``, training pictures do."""
 
 HOPELESS = 1 / 3

@@ -66,6 +66,8 @@ class EvalRecord(Record):
     losses_by_image: tuple[float, ...] = ()
     train_losses_by_image: tuple[float, ...] = ()
     """The same of some training pictures, always of the same ones."""
+    train_images: int = 0
+    """Of how many those are."""
     drifts_by_image: tuple[float, ...] = ()
     """Squared distance from the base model's predictions on the held-out pictures, as shares of the base's mean loss there."""
     verdict: str = ""

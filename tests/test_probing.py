@@ -154,9 +154,9 @@ def test_it_says_what_it_costs_and_what_it_found(bench: Workbench) -> None:
 
 
 def test_without_held_out_pictures_training_pictures_judge(bench: Workbench) -> None:
-    """Eight of the twelve, and the result says so."""
+    """All twelve, and the probe says so."""
     trainer = bench.trainer(**QUICK, eval_loss_disable=True)
-    assert "judged by 8 training pictures" in str(st.lr_probe(trainer))
+    assert "judged by 12 training pictures" in str(st.lr_probe(trainer))
 
 
 def test_what_cannot_be_probed_is_said(bench: Workbench) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_a_trend_is_seen_through_noise() -> None:
     train = [0.7 * 0.96**n for n in range(13)]
     words = [word(history(held, train, noise=0.01, seed=seed)) for seed in range(100)]
     assert words.count("over-fitting") >= 95
+
+
+def test_all_training_pictures_are_no_sample() -> None:
+    """Two training pictures, both looked at, that fall unlike one another: known exactly; two of many: the band of two."""
+    rows = history([0.5, 0.55], [0.5, 0.25], noise=0, images=2)
+    rows[1]["train_losses_by_image"][0] *= 0.5
+    assert "training pictures unchanged" in str(verdict([{**row, "train_images": 1000} for row in rows]))
+    exact = str(verdict([{**row, "train_images": 2} for row in rows]))
+    assert re.search(r"training pictures down \(-[\d.]+% ± 0.00%\)", exact)
 
 
 def test_the_band_is_students() -> None:

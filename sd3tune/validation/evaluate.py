@@ -124,8 +124,10 @@ def evaluation_loss(
             sums[i] += float(loss_B.sum())
     by_sigma = tuple(s / count for s in sums)
     trained: list[Seen] = []
+    learned = 0
     drifts: tuple[float, ...] = ()
     if prior is not None:
+        learned = len(training_pictures(cache.plan))
         shown = training_pictures(cache.plan, count)
         trained = list(look(velocity, cache, shown, sigmas=sigmas, device=device, batch=batch))
         errors = by_image([group.errors_B for group in seen])
@@ -133,18 +135,18 @@ def evaluation_loss(
     return EvalRecord(
         step=step, loss=sum(by_sigma) / len(by_sigma), images=count, sigmas=tuple(sigmas), losses_by_sigma=by_sigma,
         losses_by_image=by_image([group.losses_B for group in seen]), train_losses_by_image=by_image([g.losses_B for g in trained]),
-        drifts_by_image=drifts,
+        train_images=learned, drifts_by_image=drifts,
     )  # fmt: skip
 
 
-def training_pictures(made: Plan, count: int) -> list[Placement]:
-    """Up to ``count`` of the pictures to learn from, each once, spread evenly over the plan: always the same ones."""
+def training_pictures(made: Plan, count: int | None = None) -> list[Placement]:
+    """Up to ``count`` of the pictures to learn from (all), each once, spread evenly over the plan: always the same ones."""
     once: dict[str, Placement] = {}
     for placement in made.train:
         if not placement.item.dataset.is_regularisation_data:
             once.setdefault(placement.item.id, placement)
     rows = list(once.values())
-    return [rows[i] for i in spread(len(rows), count)]
+    return [rows[i] for i in spread(len(rows), len(rows) if count is None else count)]
 
 
 def spread(length: int, count: int) -> list[int]:

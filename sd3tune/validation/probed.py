@@ -63,7 +63,7 @@ class Probed(Shown):
     def __str__(self) -> str:
         head = ["rate", *(f"after {n}" for n in self.numbers)]
         rows = [[f"{trial.rate:.1e}", *self._cells(trial)] for trial in self.trials]
-        table = "\n".join("".join(cell.ljust(9) if i == 0 else cell.ljust(22) for i, cell in enumerate(r)).rstrip() for r in [head, *rows])
+        table = "\n".join("".join(cell.ljust(9) if i == 0 else cell.ljust(30) for i, cell in enumerate(r)).rstrip() for r in [head, *rows])
         return f"{self.sentence}\n\nchange of the loss on {self.judges}, with 95 % bands over them\n{table}"
 
     def _cells(self, trial: Trial) -> list[str]:

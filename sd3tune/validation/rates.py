@@ -101,7 +101,7 @@ def advise(base: Losses, trials: Sequence[Trial], length: float) -> Advice:
     """
     numbers = sorted({n for trial in trials for n in trial.losses})
     best = max(trials, key=lambda t: gain(base, t.losses.get(numbers[-1])) if numbers else 0.0)
-    if not numbers or not fall(base, best.losses.get(numbers[-1])).falls:
+    if not any(fall(base, losses).falls for trial in trials for losses in trial.losses.values()):
         many = f"{numbers[-1]} updates" if numbers else "the first updates"
         return Advice(
             None, 0, 0, f"no rate lowers the loss within {many} by more than the doubt; probe with more updates, or keep the rate"
@@ -124,10 +124,10 @@ def advise(base: Losses, trials: Sequence[Trial], length: float) -> Advice:
 
 
 def fall(base: Losses, losses: Losses | None) -> Change:
-    """The change of the loss as a share of where it began, paired over pictures; unknown for a rate that ran away."""
+    """The change of each picture's loss as a share of where it began, and its mean; unknown for a rate that ran away."""
     if losses is None:
         return Change(math.nan, math.nan)
-    return change(base, losses, math.fsum(base) / len(base))
+    return change([1.0] * len(base), [after / before for before, after in zip(base, losses, strict=True)], 1.0)
 
 
 def _rounded(rate: float) -> float:

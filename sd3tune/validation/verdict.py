@@ -146,21 +146,23 @@ class _Since:
     def __init__(self, before: Row, newest: Row, rows: Sequence[Row]) -> None:
         self._before, self._newest, self._rows = before, newest, rows
         self.held = self._change("losses_by_image")
-        self.trained = self._change("train_losses_by_image") if newest["train_losses_by_image"] else None
+        looked, there = len(newest["train_losses_by_image"]), newest.get("train_images", 0)
+        unseen = math.sqrt(1 - looked / there) if there else 1.0  # a sample of so few knows the rest that much better
+        self.trained = self._change("train_losses_by_image", part=unseen) if looked else None
         self.moved = self._change("drifts_by_image", share=False) if newest["drifts_by_image"] else None
         """How much farther the predictions are from the base's, as a share of the base's error."""
 
-    def _change(self, key: str, *, share: bool = True) -> Change:
-        """Relative to the mean before, unless the values are shares already."""
+    def _change(self, key: str, *, share: bool = True, part: float = 1.0) -> Change:
+        """Relative to the mean before, unless the values are shares already; ``part`` of the band over pictures counts."""
         means = [math.fsum(row[key]) / len(row[key]) for row in self._rows]
         unit = math.fsum(self._before[key]) / len(self._before[key]) if share else 1.0
         paired = change(self._before[key], self._newest[key], unit)
-        return Change(paired.mean, math.hypot(paired.band, SURE * jitter(means) / unit))
+        return Change(paired.mean, math.hypot(paired.band * part, SURE * jitter(means) / unit) if part else SURE * jitter(means) / unit)
 
     def worse(self) -> Verdict:
         """The held-out loss has risen since its best: because of the training pictures, or of nothing at all."""
         best = f"; the adapter of step {self._before['step']} is the best so far"
-        if self.trained is not None and self.trained.falls:
+        if self.trained is not None and self.trained.mean < 0:
             return self.said("over-fitting", best)
         return self.said("drifting", f"; it gets worse without learning anything: lower learning_rate{best}")
 

@@ -55,7 +55,7 @@ def left_as_it_was(trainer: st.Trainer) -> Iterator[None]:
     assert trainer.transformer.training
 
 
-@pytest.mark.parametrize("done", [0, 3])
+@pytest.mark.parametrize("done", [0, pytest.param(3, marks=pytest.mark.full)])
 def test_everything_is_put_back(bench: Workbench, done: int) -> None:
     """Before the first update and in the middle; with an average and dropout; a rate that runs away is a row. The updates that follow
     are those of a run that was not probed, bit for bit.

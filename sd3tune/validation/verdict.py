@@ -1,4 +1,4 @@
-"""What a run's evaluations say, in one word with its evidence: still learning, flat, over-fitting, drifting."""
+"""What a run's evaluations say, in one word with its evidence: still learning, flat, over-fitting, drifting, or unclear."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ STUDENT = (
 RECENT = 0.75
 """What is new is what happened after this share of the updates."""
 
-MEMORY = 13
-"""The newest evaluations that say how much the loss goes to and fro by itself."""
+MEMORY, KNOWN = 13, 5
+"""The newest evaluations that say how much the loss goes to and fro by itself, and how many it takes to know."""
 
 SURE = 6.0
 """How many times that is within what happens by itself, between the newest and the best of many evaluations, too.
 
 Of constants with independent noise 3 % then seem worse than their best of 13, and 6 % than that of 8.
 """
+
+COARSE = 0.05
+"""A band of more than this on either side is too wide to call a loss flat."""
 
 MATTERS = 0.01
 """Distance from the base, as a share of its error, below which no word is made of it."""
@@ -89,11 +92,14 @@ def jitter(values: Sequence[float]) -> float:
     """How much a series goes to and fro: nothing for a smooth rise or fall, about 0.8 deviations of independent noise.
 
     Neighbouring differences of independent noise of variance v have the covariance -v (Roll 1984, of prices between bid and ask).
-    Of each pair of opposite differences only the smaller one counts, so that a sharp bend is hardly any.
+    Of each pair of opposite differences only the smaller one counts, so that a sharp bend is hardly any; fewer than `KNOWN` values
+    cannot tell noise from a bend, and then it is nothing.
     """
+    if len(values) < KNOWN:
+        return 0.0
     steps = [b - a for a, b in pairwise(values[-MEMORY:])]
     squares = [min(abs(a), abs(b)) ** 2 if a * b < 0 else 0.0 for a, b in pairwise(steps)]
-    return math.sqrt(math.fsum(squares) / len(squares)) if squares else 0.0
+    return math.sqrt(math.fsum(squares) / len(squares))
 
 
 def verdict(rows: Sequence[Row]) -> Verdict | None:
@@ -121,6 +127,8 @@ def verdict(rows: Sequence[Row]) -> Verdict | None:
         return since.said("still learning")
     if since.moved is not None and since.moved.mean - since.moved.band > max(MATTERS, since.held.band - since.held.mean):
         return since.said("drifting", "; it moves away from the base without a gain: stop here, or lower learning_rate")
+    if since.held.band > COARSE:
+        return since.said("unclear", "; more held-out pictures (num_eval_images) would narrow that down")
     return since.said("flat")
 
 

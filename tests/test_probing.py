@@ -108,7 +108,7 @@ def test_an_end_in_the_middle_puts_everything_back(bench: Workbench, error: Any)
 
 
 def test_every_rate_sees_the_same_batches_and_noise(bench: Workbench) -> None:
-    """The first update of each rate asks the model about the same points, and so does the judging of each."""
+    """All updates and all judging of each rate ask the model about the same points; its updates have that rate from the first on."""
     trainer = bench.trainer(**QUICK)
     updates(trainer, 1)
     inner, asked = trainer.engine.velocity, []
@@ -117,11 +117,19 @@ def test_every_rate_sees_the_same_batches_and_noise(bench: Workbench) -> None:
         asked.append(tuple(p.detach().clone() for p in points))
         return inner(*points)
 
-    trainer.engine.velocity = velocity
+    update, used = trainer.engine.update, []
+
+    def noted(**numbers: Any) -> Any:
+        record = update(**numbers)
+        used.append(record.learning_rate)
+        return record
+
+    trainer.engine.velocity, trainer.engine.update = velocity, noted  # type: ignore[method-assign]
     starts = [len(asked) for _ in st.lr_probe(trainer, rates=(1e-4, 2e-4, 4e-4), updates=4)]
     first, second = asked[starts[0] : starts[3]], asked[starts[3] : starts[6]]
     assert len(first) == len(second) > 4
     assert all(torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
+    assert used == [1e-4] * 4 + [2e-4] * 4 + [4e-4] * 4
     assert not torch.equal(first[0][1], first[1][1]), "each update has noise levels of its own"
 
 

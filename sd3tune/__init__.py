@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sd3tune.listing import runs
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
+    from sd3tune.probing import lr_probe
     from sd3tune.records import StepRecord
     from sd3tune.replaying import replay
     from sd3tune.trainer import Trainer
@@ -39,7 +40,7 @@ _HOMES = {
     "Plan": "data", "RunConfig": "config", "Sd3TuneError": "errors", "StepRecord": "records", "Trainer": "trainer",
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
-    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "launch": "launching",
+    "free": "models.freeing", "from_simpletuner": "data.simpletuner", "launch": "launching", "lr_probe": "probing",
     "presets": "config.presets", "replay": "replaying",
     "runs": "listing",
 }  # fmt: skip
@@ -48,7 +49,7 @@ __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "launch", "plan", "presets", "replay", "runs",
+    "encoders", "free", "from_simpletuner", "launch", "lr_probe", "plan", "presets", "replay", "runs",
 ]  # fmt: skip
 
 

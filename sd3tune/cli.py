@@ -170,6 +170,8 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
                 tqdm.write(f"step {record.step}: {record.text}")
             elif isinstance(record, EvalRecord):
                 tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}")
+                if record.verdict:
+                    tqdm.write(f"step {record.step}: {record.verdict}")
             elif isinstance(record, CheckpointRecord):
                 tqdm.write(f"step {record.step}: saved {record.path}")
     except KeyboardInterrupt:

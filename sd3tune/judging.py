@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,12 @@ import torch
 
 from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
+from sd3tune.data.buckets import Placement
 from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.records import EvalRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.training.engine import Engine
-from sd3tune.validation.evaluate import evaluation_levels, evaluation_loss
+from sd3tune.validation.evaluate import by_image, evaluation_levels, evaluation_loss, look
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.validator import Validator, grid_of
 
@@ -40,7 +41,15 @@ class Judge:
             raise TrainingError("there are no held-out pictures; add a data set with dataset_type: eval")
         levels = evaluation_levels(engine.rules, plan.evaluation, config.evaluation.eval_timesteps)
         with self._evaluating():
-            return evaluation_loss(engine.velocity, self._cache, sigmas=levels, device=self._device, step=engine.updates)
+            return evaluation_loss(
+                engine.velocity, self._cache, sigmas=levels, device=self._device, step=engine.updates, prior=engine.prior
+            )  # fmt: skip
+
+    def losses(self, placements: Sequence[Placement], sigmas: Sequence[float]) -> tuple[float, ...]:
+        """The loss of pictures with fixed noise, each a mean over noise levels; group after group of one size."""
+        with self._evaluating():
+            seen = look(self._engine.velocity, self._cache, placements, sigmas=sigmas, device=self._device)
+            return by_image([group.losses_B for group in seen])
 
     def draw(self, config: RunConfig, folder: RunFolder) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from sd3tune.records import CacheRecord, PreviewRecord, Record, StepRecord
+from sd3tune.records import CacheRecord, EvalRecord, PreviewRecord, Record, StepRecord
 from sd3tune.shown import duration
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Line:
     """The status line: what is going on, in words."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._trainer, self._seconds, self.detail = trainer, 0.0, "loading"
+        self._trainer, self._seconds, self.detail, self._verdict = trainer, 0.0, "loading", ""
 
     def read(self, record: Record) -> None:
         """Take in one record."""
@@ -90,12 +90,14 @@ class Line:
             self.detail = ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)
         elif isinstance(record, PreviewRecord):
             self.detail = f'drawing "{record.prompt}" {record.sampler_step}/{record.sampler_steps}'
+        elif isinstance(record, EvalRecord):
+            self.detail, self._verdict = f"held-out loss {record.loss:.4f}", record.verdict
         else:
             self.detail = record.type
 
     def text(self) -> str:
-        """Such as ``step 41/300 · loss 0.6123 · 25 s left``."""
+        """Such as ``step 41/300 · loss 0.6123 · 25 s left``, over the newest verdict."""
         done, total = self._trainer.steps_done, self._trainer.total
         left = (total - done) * self._seconds
         time_left = "" if done >= total or not left else f" · {duration(left)} left"
-        return f"step {done}/{total} · {self.detail}{time_left}"
+        return f"step {done}/{total} · {self.detail}{time_left}" + f"\n\n{self._verdict}" * bool(self._verdict)

@@ -67,6 +67,31 @@ class EvalRecord(Record):
     images: int
     sigmas: tuple[float, ...]
     losses_by_sigma: tuple[float, ...]
+    losses_by_image: tuple[float, ...] = ()
+    train_losses_by_image: tuple[float, ...] = ()
+    """The same of some training pictures, always of the same ones."""
+    train_images: int = 0
+    """Of how many those are."""
+    drifts_by_image: tuple[float, ...] = ()
+    """Squared distance from the base model's predictions on the held-out pictures, as shares of the base's mean loss there."""
+    verdict: str = ""
+    """What the evaluations so far say, in a sentence that begins with the word for it; empty when this is the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRecord(Record):
+    """What a learning rate has learned after some updates that do not count; not written to the history. ``step`` is the trainer's."""
+
+    type: ClassVar[str] = "probe"
+    learning_rate: float
+    updates: int
+    """Updates at this rate; 0 for the state that all rates begin with."""
+    losses_by_image: tuple[float, ...]
+    """Of the pictures that all rates are judged by; empty when the rate ran away."""
+    refused: str = ""
+    """Why the guard ended this rate."""
+    last: bool = False
+    """Whether this rate is done."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class Snapshot:
     learning_rate: float | None = None
     seconds_per_update: float | None = None
     evals: tuple[tuple[int, float], ...] = ()
+    verdict: str = ""
     message: str = ""
     refused: str = ""
     refusals: int = 0
@@ -92,7 +93,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     if isinstance(record, PreviewRecord):
         return {"message": f"drawing {record.prompt!r}, sampler step {record.sampler_step} of {record.sampler_steps}"}, ""
     if isinstance(record, EvalRecord):
-        return {"evals": (*now.evals, (record.step, record.loss))}, f"loss on held-out pictures {record.loss:.4g}"
+        said = f"loss on held-out pictures {record.loss:.4g}" + f"; {record.verdict}" * bool(record.verdict)
+        return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said
     if isinstance(record, CheckpointRecord):
         return {}, f"saved {record.path}"
     return {}, record.text if isinstance(record, NoticeRecord) else ""

@@ -16,6 +16,7 @@ from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.config.reading import is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
+from sd3tune.data.buckets import Placement
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
 from sd3tune.judging import Judge
 from sd3tune.manifest import Manifest
@@ -28,6 +29,7 @@ from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
 from sd3tune.training.guard import GuardError
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.verdict import judged
 
 POLL = 0.2
 """Seconds between two looks at what a waiting run waits for."""
@@ -380,9 +382,17 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """The loss on the held-out pictures, with fixed noise and noise levels. Raises: TrainingError when there are none."""
-        record = self._judge.evaluate(self.config)
+        record = judged(self._judge.evaluate(self.config), self.folder.read_history())
         self._tell(record)
         return record
+
+    def losses(self, placements: Sequence[Placement], sigmas: Sequence[float]) -> tuple[float, ...]:
+        """The loss of pictures with fixed noise, each a mean over noise levels; group after group of one size."""
+        return self._judge.losses(placements, sigmas)
+
+    def notice(self, text: str) -> Record:
+        """Write something that a person should read to the history."""
+        return self._tell(NoticeRecord(step=self.steps_done, text=text))
 
     def validation(self) -> Iterator[Record]:
         """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""

@@ -233,9 +233,10 @@ def advice_text(config: RunConfig) -> str:
 
 
 def curve(now: Snapshot) -> str:
-    """The loss so far, over the noise levels that are drawn."""
+    """The loss so far, over the newest verdict and the noise levels that are drawn."""
+    said = f'<div role="status" style="{_LOOK[False]}">{escape(now.verdict)}</div>' if now.verdict else ""
     drawn = charts.levels(now.noise_levels) if now.noise_levels else ""
-    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes]) + drawn
+    return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes]) + said + drawn
 
 
 def pictures_caption(now: Snapshot) -> str:

@@ -16,28 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd3tune.control import interrupts_deferred
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.processes import Processes
 from sd3tune.records import StepRecord
 from sd3tune.training import flow
 from sd3tune.training.batches import Batches, fold
 from sd3tune.training.guard import RECENT, Guard, GuardError, Refusal, block_sizes, due, suspects, worst_block
-from sd3tune.training.objective import ALONE, Part, forward, mean_loss, measured, share_of_nothing, with_measured
+from sd3tune.training.objective import ALONE, Part, forward, mean_loss, share_of_nothing
 from sd3tune.training.optim import averaged, clip, new_optimizer, optimizer_state, restore_optimizer
 from sd3tune.training.peak import peak_memory
-from sd3tune.training.rules import Rules
+from sd3tune.training.rules import CALM, HIGHEST_SCALE, Rules, ema_decay
 from sd3tune.training.schedules import learning_rate
-
-HIGHEST_SCALE = 2.0**15
-"""Where the scale of an fp16 loss begins, and the most that it may become."""
-
-CALM = 200
-"""Updates without an overflow after which the scale is doubled."""
-
-
-def ema_decay(number: int, most: float) -> float:
-    """Decay of the average's update ``number`` (from 1): it follows quickly at first. Source: (1 + n) / (10 + n), as in diffusers."""
-    return min(most, (1 + number) / (10 + number))
+from sd3tune.training.sharing import measured, summed, with_measured
 
 
 class Engine:
@@ -169,25 +160,12 @@ class Engine:
         own = (self.processes.rank,) if self.processes.rank else ()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(self.rules.seed, indices[0], 3, *own))  # adapter dropout draws from torch's own generator
-            parts = self._summed([self._backward(k, images) for k in indices])
+            parts = summed([self._backward(k, images) for k in indices], self.weights, self.processes)
         if self._scale != 1:
             for weight in self.weights.values():
                 if weight.grad is not None:
                     weight.grad.div_(self._scale)
         return parts, clip(self.weights, most, self.rules.clip_method)
-
-    def _summed(self, parts: list[Part]) -> list[Part]:
-        """Gradients and measured losses of all processes together: one sum of one flat tensor."""
-        if self.processes.count == 1:
-            return parts
-        weights = list(self.weights.values())
-        gradients = [(torch.zeros_like(w) if w.grad is None else w.grad).float().flatten() for w in weights]
-        total = self.processes.sum(torch.cat([*gradients, measured(parts)]))
-        sizes = [w.numel() for w in weights]
-        *sums, row = torch.split(total, [*sizes, total.numel() - sum(sizes)])
-        for weight, gradient in zip(weights, sums, strict=True):
-            weight.grad = gradient.view_as(weight).to(weight.dtype)
-        return with_measured(parts, row)
 
     def _follow(self, step: int) -> None:
         """What comes after the optimizer: the average of the weights, and a larger scale after a calm stretch."""
@@ -256,6 +234,19 @@ class Engine:
         for name, value in values.items():
             self.weights[name].copy_(value)
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Updates that do not count: at the end of the block, however it ends, everything is as it was, bit for bit."""
+        now, rules, healthy = self.state_dict(), self.rules, self._healthy
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                with interrupts_deferred():
+                    self.load_state_dict(now)
+                    self.rules, self._healthy = rules, healthy
+                    self._optimizer.zero_grad(set_to_none=True)
+
     def result(self) -> dict[str, Tensor]:
         """The adapter to save for use, in fp32: the weights, or the average that schedule-free training judges."""
         with self.judged():
@@ -274,7 +265,7 @@ class Engine:
         adapter = {name: self._aside.get(name, weight.detach()).clone().cpu() for name, weight in self.weights.items()}
         tensors, numbers = optimizer_state(self._optimizer, self.weights)
         moments = {key: value.cpu() for key, value in tensors.items()}
-        mean = {f"ema.{name}": value.cpu() for name, value in self.ema.items()}
+        mean = {f"ema.{name}": value.clone().cpu() for name, value in self.ema.items()}
         return {
             "adapter": adapter, "optimizer": {**moments, **mean}, "optimizer_numbers": numbers, "updates": self.updates,
             "loss_scale": [self._scale, self._calm], "next": self._next, "skipped": sorted(self.skipped), "guard": self.guard.state(),
@@ -298,3 +289,4 @@ class Engine:
         self.updates = int(state["updates"])
         self._next, self._moving = int(state.get("next", self.updates)), False
         self.skipped, self.guard = set(state.get("skipped", ())), Guard(**copy.deepcopy(dict(state.get("guard", {}))))
+        self._healthy = {**state}

@@ -47,20 +47,6 @@ def share_of_nothing(parts: Sequence[Part]) -> tuple[float, float]:
     return float(loss_B.mean()), float(nothing_B.mean())
 
 
-def measured(parts: Sequence[Part]) -> Tensor:
-    """All that was measured, in one row."""
-    passes = torch.tensor([float(part.extra_forwards) for part in parts], device=parts[0].loss_B.device)
-    return torch.cat([*(part.loss_B for part in parts), *(part.nothing_B for part in parts), passes])
-
-
-def with_measured(parts: Sequence[Part], row: Tensor) -> list[Part]:
-    """Undo `measured`."""
-    sizes = [len(part.ids) for part in parts]
-    losses, nothings, passes = torch.split(row, [sum(sizes), sum(sizes), len(parts)])
-    rows = zip(parts, torch.split(losses, sizes), torch.split(nothings, sizes), passes.tolist(), strict=True)
-    return [replace(part, loss_B=loss_B, nothing_B=nothing_B, extra_forwards=round(count)) for part, loss_B, nothing_B, count in rows]
-
-
 def forward(
     k: int, batches: Batches, rules: Rules, *, velocity: flow.Velocity, prior: flow.Velocity | None, device: torch.device,
     walker: flow.Velocity | None = None, processes: Processes = ALONE,

@@ -50,3 +50,15 @@ class Rules:
     """Where the average is kept; with the adapter when left out."""
     rollout: Rollout | None = None
     """Which images the model sees where it walked to itself; none when left out."""
+
+
+HIGHEST_SCALE = 2.0**15
+"""Where the scale of an fp16 loss begins, and the most that it may become."""
+
+CALM = 200
+"""Updates without an overflow after which the scale is doubled."""
+
+
+def ema_decay(number: int, most: float) -> float:
+    """Decay of the average's update ``number`` (from 1): it follows quickly at first. Source: (1 + n) / (10 + n), as in diffusers."""
+    return min(most, (1 + number) / (10 + number))

@@ -27,7 +27,7 @@ import sd3tune as st
 from sd3tune import playground
 from sd3tune.cache.conditioning import Conditioning
 from sd3tune.cache.decoding import cut
-from sd3tune.cache.states import Moments, TextStates
+from sd3tune.cache.states import Moments, PartStates
 from sd3tune.cache.store import Entry, Store
 from sd3tune.data import Dataset
 from sd3tune.data.catalog import from_datasets
@@ -39,6 +39,7 @@ class NoEncoders:
 
     latent_fingerprint = text_fingerprint = "none"
     conditioning = Conditioning((1, 1))
+    text_parts, held_bytes = ("CLIP-L", "CLIP-G", "T5"), 24
 
     @contextmanager
     def load(self) -> Iterator[NoEncoders]:
@@ -47,8 +48,10 @@ class NoEncoders:
     def encode_images(self, pictures: Sequence[Any], *, tiled: bool = False) -> Moments:
         return Moments(torch.zeros(len(pictures), 16, 4, 4), torch.zeros(len(pictures), 16, 4, 4))
 
-    def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        return [TextStates(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(2)) for _ in texts]
+    def encode_part(self, part: str, texts: Sequence[str]) -> list[PartStates]:
+        if part == "T5":
+            return [PartStates(torch.zeros(1, 2), None) for _ in texts]
+        return [PartStates(torch.zeros(1, 1), torch.zeros(1)) for _ in texts]
 
 
 def photograph(seed: int, width: int = 4000, height: int = 3000) -> Image.Image:
@@ -128,16 +131,9 @@ def encode(folder: Path, rounds: int, side: int) -> dict[str, Any]:
     with st.encoders(config).load() as loaded:
         loaded.encode_images(pictures[0])
 
-        class Held:
+        class Held(NoEncoders):
             latent_fingerprint = text_fingerprint = "held"
-            conditioning = Conditioning((1, 1))
-
-            @contextmanager
-            def load(self) -> Iterator[Any]:
-                yield self
-
-            encode_images = staticmethod(loaded.encode_images)
-            encode_texts = staticmethod(NoEncoders().encode_texts)
+            encode_images = staticmethod(loaded.encode_images)  # type: ignore[assignment]
 
         def ours(number: int) -> None:
             again = st.plan(catalog, config.replace(cache_dir=str(folder / f"e{time.monotonic_ns()}")))

@@ -18,6 +18,7 @@ from PIL import Image
 
 import sd3tune as st
 from sd3tune import playground
+from sd3tune.cache.states import Text, joined
 from sd3tune.models import components
 from sd3tune.playground.recipe import autoencoder, pictures
 from sd3tune.validation.sampler import Guidance, decode, sample, start_noise
@@ -49,15 +50,15 @@ def main() -> None:
 
     chosen = random.Random(0).sample(range(len(emoji)), options.count)
     with st.encoders(config).load() as loaded:
-        texts = [loaded.encode_texts([emoji[i].name])[0] for i in chosen]
-        empty = loaded.encode_texts([""])[0].joined()
+        states = loaded.encode_texts([*(emoji[i].name for i in chosen), ""])
+    *texts, empty = [Text(*(values[0] for values in joined([of_one]))) for of_one in states]
     first = five = 0
     drawn: list[Image.Image] = []
     started = time.monotonic()
     scheduler = components.load_scheduler(config)
-    for seed, (i, states) in enumerate(zip(chosen, texts, strict=True)):
+    for seed, (i, text) in enumerate(zip(chosen, texts, strict=True)):
         walk = sample(
-            transformer, scheduler, positive=states.joined(), negative=empty, steps=20, guidance=Guidance(3.0),
+            transformer, scheduler, positive=text, negative=empty, steps=20, guidance=Guidance(3.0),
             noise_BCHW=start_noise((16, 8, 8), seed, torch.float32).to(device),
         )  # fmt: skip
         picture = decode(vae, deque(walk, maxlen=1)[0][1])[0]

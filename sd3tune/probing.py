@@ -74,7 +74,7 @@ class LrProbe(Shown):
         """An update is three forward passes of its pictures."""
         engine = self._trainer.engine
         update = engine.seconds_per_update()
-        images = sum(len(engine.batches.placements(k)) for k in range(engine.rules.accumulation))
+        images = sum(len(engine.batches.ids(k)) for k in range(engine.rules.accumulation))
         judging = len(self._placements) * LEVELS * update / (3 * images)
         return self.most * self._numbers[-1] * update + (1 + self.most * len(self._numbers)) * judging
 

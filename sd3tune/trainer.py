@@ -232,6 +232,7 @@ class Trainer:
                 self.secure()
             elif name == "STOP":
                 self.stop()
+                break
         if self._stopping:
             self._stopping = False
             self.secure()

@@ -139,7 +139,10 @@ def check_texts(config: RunConfig, cache: Cache) -> None:
 
 def plan_digest(made: Plan) -> str:
     """Digest of what decides the order of the data, whatever the number of updates."""
-    rows = [f"{p.item.id} {p.bucket} {p.copy}" + " stays" * p.item.dataset.is_regularisation_data for p in made.train]
+    rows = []
+    for p in made.train:
+        own = f" in batches of {made.batch_size_of(p.item.dataset)}" if p.item.dataset.train_batch_size else ""
+        rows.append(f"{p.item.id} {p.bucket} {p.copy}" + " stays" * p.item.dataset.is_regularisation_data + own)
     return digest(str(made.batch_size * made.processes), str(made.accumulation), *rows)
 
 
@@ -147,8 +150,10 @@ def encoded(config: RunConfig, made: Plan, processes: Processes = ALONE) -> Cach
     """The cache of a plan; several processes share out what is missing. Raises: DataError, ModelError, FileError."""
     handle = encoders.encoders(config)
     if processes.count > 1:
-        for _ in CacheBuilder(made, handle, part=(processes.rank, processes.count)):
+        share = CacheBuilder(made, handle, part=(processes.rank, processes.count))
+        for _ in share:
             pass
+        made = share.plan  # with the digests of its pictures
         processes.wait()
     return CacheBuilder(made, handle).build()
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 FILES = ("STOP", "PAUSE", "SET", "SAVE", "SAMPLE")
 """Files that a person may create in the run folder; SET holds settings as YAML, such as ``learning_rate: 5e-5``.
@@ -56,21 +57,26 @@ def terminated_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C, a notebook's stop button or SIGTERM take effect at the end of the block instead of in its middle."""
+    """Let Ctrl-C, a notebook's stop button or SIGTERM take effect at the end of the block, also of one that fails, and not in it.
+
+    Inside another such block they take effect at the end of that.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda got, frame: came.append(got)) for number in (signal.SIGINT, signal.SIGTERM)}
+    both = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.signal(number, lambda got, frame: came.append(got)) for number in both}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGTERM in came:
-        raise TerminatedError
-    if came:
-        raise KeyboardInterrupt
+        for number in sorted(set(came), reverse=True):  # SIGTERM first
+            outer = before[number]
+            if not callable(outer):
+                raise TerminatedError
+            outer(number, None)  # raises, or takes note where it is another block's
 
 
 @contextmanager

@@ -9,42 +9,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd3tune.config.reading import is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
 from sd3tune.files import write_text
 from sd3tune.launching import POLL, Launched, launch
 from sd3tune.records import CheckpointRecord, CommandRecord, Record
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.validator import newest_grid
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from sd3tune.cache import Cache
-
-
-class Picture:
-    """The grid that the run has written last."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def image(self) -> Image:
-        """The whole grid as one picture."""
-        from PIL import Image
-
-        with Image.open(self._path) as opened:
-            return opened.convert("RGB")
 
 
 class Followed:
     """Stands for the trainer of a launched run. What is asked of it goes there by control files, and comes back in the history."""
 
-    def __init__(self, launched: Launched) -> None:
+    def __init__(self, launched: Launched, cache: Cache) -> None:
         """Waits until the run has written what it is about to do. Raises: TrainingError when it ends before."""
         while (folder := launched.folder) is None or not folder.manifest.exists():
             if not launched.running:
                 launched.wait()
             time.sleep(POLL)
-        self._launched, self.folder = launched, folder
+        self._launched, self.folder, self._cache = launched, folder, cache
         self.config = RunConfig.load(folder.config)
         manifest = json.loads(folder.manifest.read_text())
         self.total, self.noise_levels = int(manifest["updates"]), tuple(manifest["levels"])
@@ -60,10 +47,12 @@ class Followed:
 
     def set(self, **settings: Any) -> CommandRecord:
         """Ask for other settings; whether they were taken is a record of the run."""
-        refused = ""
+        frozen = [name for name in settings if not is_live(name)]
+        refused = f"{', '.join(frozen)} cannot change while training" if frozen else ""
         try:
-            self.config = self.config.replace(**settings)
-            self._ask("SET", json.dumps(settings))
+            if not refused:
+                self.config = self.config.replace(**settings)
+                self._ask("SET", json.dumps({**self._waiting(), **settings}))
         except ConfigError as error:
             refused = "; ".join(error.problems)
         return CommandRecord(step=self.steps_done, name="set", value=settings, refused=refused)
@@ -76,6 +65,7 @@ class Followed:
             (self.folder.path / "PAUSE").unlink(missing_ok=True)
         elif name == "stop":
             self._launched.stop()
+            (self.folder.path / "PAUSE").unlink(missing_ok=True)
             self._launched.wait()
         return CommandRecord(step=self.steps_done, name=name)
 
@@ -93,9 +83,16 @@ class Followed:
         self._ask("SAMPLE")
         return iter(())
 
-    def grid(self) -> Picture:
-        """The newest pictures."""
-        return Picture(self.folder.grid)
+    def grid(self) -> Grid:
+        """The newest pictures under the base model's, over the real ones."""
+        return newest_grid(self.config, self.folder, self._cache, self.steps_done)
+
+    def _waiting(self) -> dict[str, Any]:
+        """What was asked and is not taken yet."""
+        try:
+            return mapping_of((self.folder.path / "SET").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ConfigError):
+            return {}
 
     def _ask(self, name: str, text: str = "") -> None:
         write_text(self.folder.path / name, text)
@@ -107,6 +104,6 @@ def in_processes(data: str | Path = "datasets.yaml", processes: int | None = Non
     def make(config: RunConfig, cache: Cache) -> Followed:
         run = Path(tempfile.mkdtemp(prefix="sd3tune-launch-")) / "run.yaml"
         config.save(run)
-        return Followed(launch(run, data, processes=processes))
+        return Followed(launch(run, data, processes=processes), cache)
 
     return make

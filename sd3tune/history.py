@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,18 @@ class History:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a history; torn ones are left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_bytes().splitlines():
+    return list(rows_of(path.read_bytes())) if path.exists() else []
+
+
+def rows_of(data: bytes) -> Iterator[dict[str, Any]]:
+    """The lines of a piece of a history that are whole."""
+    for line in data.splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("type"), str) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
+            yield row
 
 
 def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.training.engine import Engine
 from sd3tune.validation.evaluate import by_image, evaluation_levels, evaluation_loss, look
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.validator import Validator, grid_of
+from sd3tune.validation.validator import Validator, newest_grid
 
 
 class Judge:
@@ -59,9 +59,7 @@ class Judge:
 
     def grid(self, config: RunConfig, folder: RunFolder) -> Grid:
         """The newest pictures under the base model's, over the real ones."""
-        drawn = sorted(int(p.name.removeprefix("step-")) for p in folder.images(0).parent.glob("step-*"))
-        drawn = [step for step in drawn if step <= self._engine.updates]
-        return grid_of(config, folder, self._cache, sorted({*drawn[:1], *drawn[-1:]}))
+        return newest_grid(config, folder, self._cache, self._engine.updates)
 
     @contextmanager
     def _evaluating(self, strength: float = 1.0) -> Iterator[None]:

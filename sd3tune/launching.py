@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import TrainingError
 from sd3tune.files import write_text
+from sd3tune.history import rows_of
 from sd3tune.records import Record, StepRecord, of_row
 from sd3tune.run_folder import RunFolder
 
@@ -37,6 +40,8 @@ class Launched:
         with self.output.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         self.steps_done, self.total = 0, updates
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._read = 0
 
     @property
     def folder(self) -> RunFolder | None:
@@ -54,43 +59,56 @@ class Launched:
 
     def run(self, n: int | None = None) -> Iterator[Record]:
         """Every record as it is written (up to ``n`` updates), until the run ends. Raises: TrainingError when it fails."""
-        seen, last = 0, None if n is None else self.steps_done + n
+        last = None if n is None else self.steps_done + n
         while last is None or self.steps_done < last:
             over = not self.running
-            rows = self._rows()
-            for row in rows[seen:]:
-                record = of_row(row)
+            self._waiting += self._written()
+            while self._waiting and (last is None or self.steps_done < last):
+                record = of_row(self._waiting.popleft())
                 if isinstance(record, StepRecord):
                     self.steps_done = record.step
                 if record is not None:
                     yield record
-            seen = len(rows)
-            if over:
+            if over and not self._waiting:
                 self.wait()
                 return
             time.sleep(POLL)
 
     def stop(self) -> None:
-        """Ask it to save and stop before its next update."""
-        if self.folder is not None and self.running:
+        """Ask it to save and stop before its next update; a run that is still preparing is ended."""
+        if not self.running:
+            return
+        if self.folder is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+        else:
             write_text(self.folder.path / "STOP", "")
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for its end. Raises: TrainingError with its last words when it failed; subprocess.TimeoutExpired."""
         code = self._process.wait(timeout)
         if code:
-            words = [line for line in self._said().splitlines() if line.strip()][-12:]
-            raise TrainingError(f"the launched run ended with exit code {code}; all it said is in {self.output}\n  " + "\n  ".join(words))
+            words = "\n  ".join(_own(self._said().splitlines())[-12:])
+            raise TrainingError(f"the launched run ended with exit code {code}; all it said is in {self.output}\n  {words}")
 
-    def _rows(self) -> list[dict[str, Any]]:
-        """Whole lines of the history, oldest first, as they were written."""
+    def _written(self) -> list[dict[str, Any]]:
+        """Whole lines of the history that are new, as they were written."""
         if self.folder is None or not self.folder.history.exists():
             return []
-        whole = self.folder.history.read_bytes().rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        with self.folder.history.open("rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole + end)
+        return list(rows_of(whole))
 
     def _said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+def _own(lines: list[str]) -> list[str]:
+    """What the run said itself, without the launcher's report."""
+    said = [line for line in lines if line.strip() and not re.match(r"[WEI]\d{4} ", line)]
+    report = next((i for i, line in enumerate(said) if "torch/distributed" in line), len(said))
+    return [line for line in said[:report] if "<frozen runpy>" not in line]
 
 
 def launch(run: str | Path, data: str | Path = "datasets.yaml", *, processes: int | None = None, **settings: Any) -> Launched:

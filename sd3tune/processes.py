@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
+from sd3tune.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=24)
-"""How long a process waits for the others: the main one may draw pictures, or wait for room on its disk.
+PATIENCE = timedelta(days=30)
+"""How long a process waits for the others: the main one may be paused, draw pictures, or wait for room on its disk.
 
-A process that dies is noticed at once: its connections break, or the launcher ends the others.
+A process that dies is noticed at once on CPUs, where its connections break. On GPUs the launcher ends the others after 30 s, and what was
+done since the last checkpoint may be lost.
 """
 
 REFUSED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
@@ -81,9 +82,12 @@ class Together(Processes):
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, the same bits in each. Raises: TrainingError when one of them is gone."""
         from accelerate.utils import reduce
+        from torch import OutOfMemoryError
 
         try:
             total: Tensor = reduce(values, "sum")
+        except OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self._lost(error) from None
         return total
@@ -110,12 +114,12 @@ class Together(Processes):
     def by_main(self, work: Callable[[], T]) -> T:
         """What ``work`` gives in the main process; its error is raised there, and its text as a TrainingError in the others."""
         result: tuple[T | None, str] = (None, "")
-        failure: Sd3TuneError | None = None
+        failure: BaseException | None = None
         if self.main:
             try:
                 result = work(), ""
-            except Sd3TuneError as error:
-                failure, result = error, (None, str(error))
+            except BaseException as error:  # noqa: BLE001 (it is raised below, when the others know)
+                failure, result = error, (None, f"{type(error).__name__}: {error}")
         value, problem = self.told(result)
         if failure is not None:
             raise failure
@@ -152,7 +156,7 @@ def join(wanted: int | None = None) -> Processes:
     if wanted is not None and wanted != found:
         raise ConfigError(
             [f"num_processes is {wanted}, and {found} started; start them with: torchrun --nproc_per_node {wanted} -m sd3tune train "
-             "run.yaml (on CPUs accelerate launch starts one and says nothing)"],
+             f"run.yaml (on CPUs accelerate launch starts one and says nothing), or set num_processes: {found}"],
             "the launcher",
         )  # fmt: skip
     return _connected() if found > 1 else Processes()

@@ -12,7 +12,9 @@ from sd3tune.assembly import rebuild_cache
 from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
+from sd3tune.processes import started
 from sd3tune.records import NoticeRecord, Record
+from sd3tune.resuming import shared_out
 from sd3tune.run_folder import RunFolder
 from sd3tune.trainer import Trainer
 
@@ -28,7 +30,7 @@ def replay(run_folder: str | Path, cache: Cache | None = None) -> Iterator[Recor
     folder = RunFolder(Path(run_folder).absolute())
     if not folder.config.exists():
         raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
-    recorded = RunConfig.load(folder.config)
+    recorded = shared_out(RunConfig.load(folder.config), started())
     quiet = recorded.replace(
         output_dir=str(folder.path.with_name(f"{folder.path.name}-replay")),
         validation_prompt=(),

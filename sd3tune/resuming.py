@@ -40,7 +40,7 @@ def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumabl
     if state["plan"] != plan_digest(cache.plan):
         raise CheckpointError(
             f"{folder.path}: the pictures, captions or batch settings are not those of the run; put them back to resume it, "
-            "or start a new run"
+            "or start a new run (data sets with a train_batch_size of their own need as many processes as before)"
         )
     live = {k: tuple(v) if isinstance(v, list) else v for k, v in state["live"].items()}
     if live.get("max_train_steps") is not None:

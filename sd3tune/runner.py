@@ -206,9 +206,10 @@ class Runner:
     def _save(self, trainer: Trainer) -> None:
         written = trainer.checkpoint()
         path = trainer.folder.path / f"lora-step-{trainer.steps_done:06d}.safetensors"
-        trainer.save(path)
+        tensors = trainer.save(path)
         self._note(f"checkpoint {written.path}")
-        self._note(f"adapter saved to {path}")
+        if tensors:
+            self._note(f"adapter saved to {path}")
 
     def _validate(self, trainer: Trainer) -> None:
         if not trainer.config.prompts:

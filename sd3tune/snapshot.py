@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.records import CheckpointRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord
+from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord
 
 if TYPE_CHECKING:
     from sd3tune.config import RunConfig
@@ -97,6 +97,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said
     if isinstance(record, CheckpointRecord):
         return {}, f"saved {record.path}"
+    if isinstance(record, CommandRecord):
+        return {}, f"{record.name}: not done: {record.refused}" if record.refused else ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -18,6 +19,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
+from sd3tune.files import digest
 from sd3tune.judging import Judge
 from sd3tune.manifest import Manifest
 from sd3tune.models import components, encoders, memory
@@ -57,6 +59,7 @@ class Trainer:
         log_level()
         self.processes = processes or join(config.run.num_processes or 1)
         self.config, self.cache = config, cache
+        self._require_the_same()
         notes = self.processes.by_main(lambda: require(config))
         parts = build(config, cache, self.processes, fresh=folder is None)
         self.device, self.transformer, self.network, self.engine = parts.device, parts.transformer, parts.network, parts.engine
@@ -67,12 +70,21 @@ class Trainer:
         self._saver = Saver(self.folder, config, main=self.processes.main)
         self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
         self._orders: list[dict[str, Any]] = []
-        self._stopping, self._updating = False, False
+        self._stopping, self._awaited = False, False
         self.certificate: certificate.Certificate | None = None
         """How the run was resumed, if it was."""
         self._reporters = Reporters.of(config, self.folder, cache.plan, notes) if self.processes.main else Reporters(self.folder)
         if folder is None:
             self._saver.begin(config, self.manifest, parts.said)
+
+    def _require_the_same(self) -> None:
+        """Raises: TrainingError when this process has another plan or configuration than the main one."""
+        mark = digest(plan_digest(self.cache.plan), json.dumps(self.config.leaves(), default=str))
+        if self.processes.told(mark) != mark:
+            raise TrainingError(
+                f"process {self.processes.rank} has other pictures or settings than the main one; look at what its cache said of pictures "
+                "that cannot be read, and start all processes with the same files"
+            )
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -103,9 +115,8 @@ class Trainer:
         """One optimizer update and nothing else. Raises: TrainingError."""
         with interrupts_deferred() if self.processes.main else nullcontext():
             optimizer = self.config.optimizer
-            self._updating = True
             record = self.engine.update(peak_learning_rate=optimizer.learning_rate, max_grad_norm=optimizer.max_grad_norm)
-            self._updating = False
+            self._awaited = True
             self._tell(record)
         return record
 
@@ -120,7 +131,7 @@ class Trainer:
             try:
                 yield from self._run(last) if self.processes.main else self._follow()
             except GeneratorExit:
-                self._dismiss()
+                self._part()
                 raise
             except BaseException as error:
                 self._reporters.failed(self.steps_done, error)
@@ -128,55 +139,77 @@ class Trainer:
                     self.secure()
                 except (FileError, CheckpointError) as second:
                     error.add_note(f"the state could not be saved either: {second}")
-                self._dismiss()
+                finally:
+                    self._dismiss()
                 raise
 
     def _run(self, last: int | None) -> Iterator[Record]:
+        self._awaited = True
         if self.steps_done == 0:
             yield self._tell(NoticeRecord(step=0, text=self.manifest.sentence))
             if self.config.optimizer.guard_policy == "rollback" and not self.folder.checkpoints():
                 yield from self._save()
             yield from self._both(0)
         while self.steps_done < (self.total if last is None else min(last, self.total)):
-            stop = yield from self._obey()
-            self._order(Order(tuple(self._orders), stop))
-            if stop:
-                return
+            if (yield from self._obey()):
+                break
             if (yield from self._advance()):
                 yield from self._due(self.steps_done)
             yield from self._news(self._saver.news())
         if self.done and not self.folder.lora.exists():
             yield from self._finish()
-        self._order(Order(stop=True))
+        self._order(stop=True)
 
     def _follow(self) -> Iterator[Record]:
         """Do in another process what the main one says."""
-        while not (order := self.processes.told(Order())).stop:
+        while True:
+            order = self.processes.told(Order())
             for settings in order.settings:
                 self._apply(settings)
+            if order.stop:
+                return
             yield from self._advance()
 
-    def _order(self, order: Order) -> None:
-        self._orders.clear()
-        self.processes.told(order)
+    def _order(self, *, stop: bool = False) -> None:
+        """Tell the other processes what was asked since the last order."""
+        with interrupts_deferred():
+            order = Order(tuple(self._orders), stop)
+            self._orders.clear()
+            self._awaited = False
+            self.processes.told(order)
 
     def _dismiss(self) -> None:
-        """End the other processes, which wait for an order unless this is in the middle of an update, where they notice by themselves."""
-        if self.processes.main and not self._updating:
+        """End the other processes if they wait for an order; in the middle of an update they notice by themselves."""
+        if self.processes.main and self._awaited:
             with suppress(TrainingError):
-                self._order(Order(stop=True))
+                self._order(stop=True)
+
+    def _part(self) -> None:
+        """Whoever ran this broke off: the others must do the same. Raises: TrainingError in a process that does so alone."""
+        self._dismiss()
+        if not self.processes.main and not self.processes.told(Order()).stop:
+            raise TrainingError(f"process {self.processes.rank} left the run while the main one goes on; end them at the same update")
+
+    def _update(self) -> StepRecord:
+        """One update of all processes: the order for it and the update itself, with nothing in between."""
+        if not self.processes.main:
+            return self.step()
+        with interrupts_deferred():
+            self._order()
+            return self.step()
 
     def _advance(self) -> Generator[Record, None, bool]:
         """One update, or what the guard's policy makes of one that was refused; whether there was one. Raises: GuardError."""
         before = self.steps_done
         try:
-            yield self.step()
+            yield self._update()
         except GuardError as error:
             policy = self.config.optimizer.guard_policy
             self._refused += 1
             if policy == "rollback" and self._rollbacks < self.config.optimizer.guard_rollbacks:
                 yield from self._roll_back(error)
             elif policy == "skip" and self._refused <= SKIPS_IN_A_ROW:
+                self._awaited = True
                 self.engine.skip(error.refusal.batch)
                 if self.steps_done < before:
                     yield self._saver.branch("guard", self.steps_done)
@@ -186,7 +219,6 @@ class Trainer:
                 if self.steps_done < before:
                     self._saver.branch("guard", self.steps_done)
                 raise
-            self._updating = False
             return False
         self._refused = 0
         return True
@@ -197,6 +229,7 @@ class Trainer:
         self.engine.skip(error.refusal.batch)
         skipped, rate = sorted(self.engine.skipped), self.config.optimizer.learning_rate / 2
         state = self.processes.by_main(lambda: self.folder.read_checkpoint(before=(self._refused - 1) // 2))
+        self._awaited = True
         self.engine.load_state_dict({**state, "skipped": skipped})
         self.config = self.config.replace(learning_rate=rate)
         if self.processes.main:
@@ -220,7 +253,7 @@ class Trainer:
                     time.sleep(POLL)
                     yield WaitRecord(step=self.steps_done, why="paused; remove the file PAUSE to go on")
                 yield self.note("go_on")
-                continue
+                return (yield from self._obey())  # what was asked in the meantime
             text = control.take(self.folder.path, name)
             if name == "SET":
                 yield self.set_from(text)
@@ -307,15 +340,15 @@ class Trainer:
 
     # --- what a person may ask between two updates -------------------------------------------------------------------
 
-    def set(self, **settings: Any) -> CommandRecord:
+    def set(self, /, **settings: Any) -> CommandRecord:
         """Change settings that may change while training; the record says so, or why not."""
-        refused = self._objection(settings)
-        if not refused:
-            try:
+        try:
+            refused = self._objection(settings)
+            if not refused:
                 self._apply(settings)
                 self._orders.append(settings)
-            except ConfigError as error:
-                refused = "; ".join(error.problems)
+        except ConfigError as error:
+            refused = "; ".join(error.problems)
         record = CommandRecord(step=self.steps_done, name="set", value=settings, refused=refused)
         self._tell(record)
         return record
@@ -334,6 +367,7 @@ class Trainer:
         frozen = [name for name in settings if not is_live(name)]
         if frozen:
             return f"{', '.join(frozen)} cannot change while training"
+        self._changed(settings)
         steps = settings.get("max_train_steps")
         if isinstance(steps, int) and steps < self.steps_done:
             return f"max_train_steps: {steps} updates is less than the {self.steps_done} that are done"
@@ -344,15 +378,19 @@ class Trainer:
 
     def _apply(self, settings: Mapping[str, Any]) -> None:
         """Raises: ConfigError; nothing is changed then."""
+        self.config = self._changed(settings)
+        if settings.get("max_train_steps") is not None:
+            self._total = int(settings["max_train_steps"])
+            self.engine.rules = replace(self.engine.rules, total=self._total)
+
+    def _changed(self, settings: Mapping[str, Any]) -> RunConfig:
+        """The configuration with other values for some settings. Raises: ConfigError."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         if values.get("max_train_steps") is not None:
             values["num_train_epochs"] = None
         changed = self.config.replace(**values)
         self._judge.check_layers(changed)
-        self.config = changed
-        if settings.get("max_train_steps") is not None:
-            self._total = int(settings["max_train_steps"])
-            self.engine.rules = replace(self.engine.rules, total=self._total)
+        return changed
 
     def unread(self, settings: Mapping[str, Any]) -> list[str]:
         """The prompts among some settings that the text encoders have not read yet."""
@@ -458,7 +496,8 @@ class Trainer:
 
     def pin(self) -> Path:
         """A checkpoint of now that is never dropped."""
-        return self._saver.pin(self.secure())
+        path = self.secure()
+        return self._saver.pin(path) if self.processes.main else path
 
     def _require_finite(self) -> None:
         wrong = self.engine.not_finite()

@@ -98,6 +98,13 @@ def grid_of(config: RunConfig, folder: RunFolder, cache: Cache, steps: list[int]
     return Grid(tuple(rows), tuple(f"{prompt} {w}x{h}" if several else prompt for prompt, (w, h) in wanted))
 
 
+def newest_grid(config: RunConfig, folder: RunFolder, cache: Cache, step: int) -> Grid:
+    """The newest pictures drawn after up to ``step`` updates under the base model's, over the real ones."""
+    drawn = sorted(int(p.name.removeprefix("step-")) for p in folder.images(0).parent.glob("step-*"))
+    drawn = [found for found in drawn if found <= step]
+    return grid_of(config, folder, cache, sorted({*drawn[:1], *drawn[-1:]}))
+
+
 def _drawn(folder: RunFolder, step: int) -> dict[tuple[str, tuple[int, int]], Path]:
     """The pictures of a step by prompt and size, for prompts may change in mid-run."""
     found = {}

@@ -423,11 +423,11 @@ def test_new_prompts_in_mid_run(bench: Workbench) -> None:
 
 def poison(trainer: st.Trainer, number: int) -> None:
     """Make the latents of an update's batch no number."""
-    read = trainer.engine.batches.__class__.__getitem__
+    read = trainer.engine.batches.__class__.part
 
     class Poisoned(trainer.engine.batches.__class__):  # type: ignore[name-defined, misc]
-        def __getitem__(self, k: int) -> Any:
-            batch = read(self, k)
+        def part(self, k: int, places: range) -> Any:
+            batch = read(self, k, places)
             if k == number:
                 batch.latent_BCHW[0] = float("nan")
             return batch

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from conftest import Workbench
 
 import sd3tune as st
 from sd3tune import panels, playground
+from sd3tune.control import TerminatedError, interrupts_deferred
+from sd3tune.launching import _own
 from sd3tune.processes import Processes, join
 from sd3tune.run_folder import RunFolder
 
@@ -211,14 +213,15 @@ def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
 
 def test_settings_by_a_file_are_taken_or_refused_in_words(bench: Workbench) -> None:
     """SET holds YAML; what is no setting, not live or not YAML changes nothing and is said."""
-    trainer = bench.trainer(max_train_steps=6, validation_prompt=(), eval_loss_disable=True)
-    asked = ["learning_rate: 2e-4", "lora_rank: 3", "learning_rates: 1", "a: [", "just words", ""]
+    trainer = bench.trainer(max_train_steps=8, validation_prompt=(), eval_loss_disable=True)
+    asked = ["learning_rate: 2e-4", "lora_rank: 3", "learning_rates: 1", "a: [", "just words", "validation_prompt:", "self: 1", ""]
     for record in trainer.run():
         if isinstance(record, st.StepRecord) and asked:
             (trainer.folder.path / "SET").write_text(asked.pop(0))
     rows = [row for row in trainer.folder.read_history() if row["type"] == "command"]
-    assert [bool(row["refused"]) for row in rows] == [False, True, True, True, True]
-    for row, said in zip(rows, ["", "lora_rank cannot change", "learning_rates", "not valid YAML", "NAME: VALUE"], strict=True):
+    assert [bool(row["refused"]) for row in rows] == [False, *[True] * 6]
+    words = ["", "lora_rank cannot change", "learning_rates", "not valid YAML", "NAME: VALUE", "validation_prompt", "self"]
+    for row, said in zip(rows, words, strict=True):
         assert said in row["refused"]
     assert trainer.config.optimizer.learning_rate == 2e-4
 
@@ -230,6 +233,66 @@ def test_a_launch_that_fails_says_why(data: Path) -> None:
     launched = st.launch(run, data / "nowhere.yaml")
     with pytest.raises(st.TrainingError, match=r"exit code 1.*\n.*nowhere\.yaml"):
         list(launched)
+
+
+def test_a_launchers_report_is_not_the_runs_last_words() -> None:
+    """What torchrun says of itself before and after is left out."""
+    said = [
+        "W1126 16:00:00.000 1 torch/distributed/run.py:774] Setting OMP_NUM_THREADS", "ConfigError: run.yaml: 1 problem",
+        "  - learning_rates: no such setting", "E1126 16:00:01.000 1 torch/distributed/elastic/multiprocessing/api.py:984] failed",
+        'File "<frozen runpy>", line 198', '  File "/x/torch/distributed/run.py", line 1', "torch.distributed.elastic.ChildFailedError:",
+    ]  # fmt: skip
+    assert _own(said) == ["ConfigError: run.yaml: 1 problem", "  - learning_rates: no such setting"]
+
+
+@pytest.mark.parametrize(("outer", "fails"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_signal_is_never_lost(outer: bool, fails: bool) -> None:
+    """It takes effect at the end of the outermost block, also when that ends with an error."""
+    done = []
+    with pytest.raises(TerminatedError), interrupts_deferred() if outer else nullcontext():
+        with suppress(ValueError), interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("inside")
+            if fails:
+                raise ValueError
+        assert outer
+        done.append("outside")
+    assert done == ["inside", "outside"][: 1 + outer]
+
+
+class Told(Processes):
+    """A main process that writes down what it tells another one."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        object.__setattr__(self, "orders", [])
+
+    def told(self, value: Any) -> Any:
+        self.orders.append(value)  # type: ignore[attr-defined]
+        return value
+
+
+def test_what_is_asked_last_is_told_with_the_stop(bench: Workbench) -> None:
+    """A setting after the last update of ``run(n)`` reaches the others; broken loops and errors tell them to stop, once."""
+    trainer = bench.trainer(max_train_steps=20, validation_prompt=(), eval_loss_disable=True)
+    told = trainer.processes = Told()
+    for record in trainer.run(2):
+        if record.step == 2 and record.type == "step":
+            trainer.set(learning_rate=5e-5)
+    orders = told.orders  # type: ignore[attr-defined]
+    assert [(bool(order.settings), order.stop) for order in orders] == [(False, False), (False, False), (True, True)]
+    assert orders[-1].settings == ({"learning_rate": 5e-5},)
+    orders.clear()
+    for record in trainer.run():
+        if record.step == 3:
+            break
+    assert [order.stop for order in orders] == [False, True]
+    orders.clear()
+    with pytest.raises(KeyboardInterrupt):
+        for record in trainer.run():
+            if record.step == 4:
+                raise KeyboardInterrupt
+    assert [order.stop for order in orders][:1] == [False]
 
 
 @pytest.mark.parametrize(

@@ -174,8 +174,10 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
                     tqdm.write(f"step {record.step}: {record.verdict}")
             elif isinstance(record, CheckpointRecord):
                 tqdm.write(f"step {record.step}: saved {record.path}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         records.close()
+        if isinstance(interrupt.__context__, Sd3TuneError):  # what went wrong in the update that was interrupted
+            print(f"\n{interrupt.__context__}", file=sys.stderr)
         print(f"\ninterrupted after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
         return 130
     if not trainer.done:

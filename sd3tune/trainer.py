@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import plan_digest, write_adapter
@@ -32,6 +32,8 @@ from sd3tune.saving import Saver
 from sd3tune.training.guard import GuardError
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.verdict import judged
+
+R = TypeVar("R", bound=Record)
 
 POLL = 0.2
 """Seconds between two looks at what a waiting run waits for."""
@@ -79,6 +81,8 @@ class Trainer:
 
     def _require_the_same(self) -> None:
         """Raises: TrainingError when this process has another plan or configuration than the main one."""
+        if self.processes.count == 1:
+            return
         mark = digest(plan_digest(self.cache.plan), json.dumps(self.config.leaves(), default=str))
         if self.processes.told(mark) != mark:
             raise TrainingError(
@@ -212,12 +216,12 @@ class Trainer:
                 self._awaited = True
                 self.engine.skip(error.refusal.batch)
                 if self.steps_done < before:
-                    yield self._saver.branch("guard", self.steps_done)
+                    yield self._reported(self._saver.branch("guard", self.steps_done))
                 yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; left out"))
                 yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
             else:
                 if self.steps_done < before:
-                    self._saver.branch("guard", self.steps_done)
+                    self._reported(self._saver.branch("guard", self.steps_done))
                 raise
             return False
         self._refused = 0
@@ -234,7 +238,7 @@ class Trainer:
         self.config = self.config.replace(learning_rate=rate)
         if self.processes.main:
             self.folder.point_at(self.steps_done)
-        yield self._saver.branch("rollback", self.steps_done)
+        yield self._reported(self._saver.branch("rollback", self.steps_done))
         text = f"{error.refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}"
         yield self._tell(NoticeRecord(step=self.steps_done, text=text))
         yield self._tell(CommandRecord(step=self.steps_done, name="set", value={"learning_rate": rate}))
@@ -335,6 +339,10 @@ class Trainer:
 
     def _tell(self, record: Record) -> Record:
         self._saver.tell(record)
+        return self._reported(record)
+
+    def _reported(self, record: R) -> R:
+        """A record that the history has, handed on to the reporters."""
         self._reporters.take(record)
         return record
 
@@ -482,7 +490,7 @@ class Trainer:
         self._require_finite()
         if not self.processes.main:
             return CheckpointRecord(step=self.steps_done, path=str(self._checkpoint_path), tensors=0)
-        return self._saver.checkpoint(self.steps_done, self.state_dict(), self.config.schedule.checkpoints_total_limit)
+        return self._reported(self._saver.checkpoint(self.steps_done, self.state_dict(), self.config.schedule.checkpoints_total_limit))
 
     @property
     def _checkpoint_path(self) -> Path:
@@ -526,7 +534,7 @@ class Trainer:
         self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
         self.engine.rules = replace(self.engine.rules, total=self._total)
         self._saver.go_on_from(int(state["segment"]), self.steps_done)
-        self._saver.branch("resume", self.steps_done)
+        self._reported(self._saver.branch("resume", self.steps_done))
         if changes and (refused := self.set(**changes).refused):
             raise ConfigError([refused], "resume")
         self._orders.clear()  # each process was told of the changes itself

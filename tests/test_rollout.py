@@ -321,7 +321,7 @@ def test_the_manifest_says_what_a_rollout_costs(bench: Workbench) -> None:
         for seed in range(20):
             made.rules = replace(made.rules, seed=seed)
             total += made._forward(k)[1].extra_forwards
-            images += len(made.batches.placements(k))
+            images += len(made.batches.ids(k))
     each_update = len(run.cache.plan.train) / run.cache.plan.updates_per_epoch
     assert run.manifest.extra_forwards == pytest.approx(total / images * each_update, rel=0.05)
     assert run.manifest.extra_forwards > 0.8 * 2.5 * each_update * 0.9, "most of 1.5 steps and one more, nearly always at the end"
@@ -338,7 +338,7 @@ def test_the_walk_is_without_dropout_and_modes_come_back(bench: Workbench) -> No
     walker = SamplerVelocity(velocity)
     batch = run.engine.batches[0]
     given = batch.latent_BCHW, torch.full((len(batch.ids),), 0.6), batch.joint_BLD, batch.pooled_BP
-    with run._evaluating():
+    with run._judge._evaluating():
         wanted = velocity(*given).detach()
     first = walker(*given)
     assert torch.equal(first, wanted)

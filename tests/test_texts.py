@@ -250,10 +250,14 @@ def test_training_evaluation_and_validation_give_the_same(bench: Workbench, leng
     for (joint, pooled), (placement, dropped) in zip(seen, rows, strict=True):
         same(parts(joint, pooled), expected(cache, placement.item.caption, dropped, clip, t5))
     held = [p.item.caption for p in cache.plan.evaluation]
-    seen = [state for joint, pooled in evaluation for state in zip(joint, pooled, strict=True)]
-    for (joint, pooled), caption in zip(seen, held, strict=True):
-        same(parts(joint, pooled), expected(cache, caption, (False,) * 3, clip, t5))
-        assert bool(pads_of(caption, joint).any()) == (padding == "unmodified")
+    calls, done = iter(evaluation), 0
+    while done < len(held):
+        model, base = next(calls), next(calls)  # then come training pictures
+        for joints, pooleds in (model, base):
+            for joint, pooled, caption in zip(joints, pooleds, held[done : done + len(joints)], strict=True):
+                same(parts(joint, pooled), expected(cache, caption, (False,) * 3, clip, t5))
+                assert bool(pads_of(caption, joint).any()) == (padding == "unmodified")
+        done += len(model[0])
     (joint, pooled) = validation[0]
     same(parts(joint[0], pooled[0]), expected(cache, "", (True,) * 3, clip, t5))
     same(parts(joint[1], pooled[1]), expected(cache, "lock", (False,) * 3, clip, t5))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.config.reading import is_live, mapping_of
+from sd3tune.config.reading import frozen, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
 from sd3tune.files import write_text
@@ -47,8 +47,7 @@ class Followed:
 
     def set(self, **settings: Any) -> CommandRecord:
         """Ask for other settings; whether they were taken is a record of the run."""
-        frozen = [name for name in settings if not is_live(name)]
-        refused = f"{', '.join(frozen)} cannot change while training" if frozen else ""
+        refused = frozen(settings)
         try:
             if not refused:
                 self.config = self.config.replace(**settings)

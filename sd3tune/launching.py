@@ -42,12 +42,14 @@ class Launched:
         self.steps_done, self.total = 0, updates
         self._waiting: deque[dict[str, Any]] = deque()
         self._read = 0
+        self._folder: RunFolder | None = None
 
     @property
     def folder(self) -> RunFolder | None:
         """The run folder, once there is one."""
-        found = re.search(r"^run folder: (.+)$", self._said(), re.M)
-        return RunFolder(Path(found[1])) if found else None
+        if self._folder is None and (found := re.search(r"^run folder: (.+)$", self._said(), re.M)):
+            self._folder = RunFolder(Path(found[1]))
+        return self._folder
 
     @property
     def running(self) -> bool:

@@ -14,7 +14,7 @@ from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import plan_digest, write_adapter
 from sd3tune.building import build, manifest_of
 from sd3tune.cache import Cache, CacheBuilder
-from sd3tune.config.reading import is_live, mapping_of
+from sd3tune.config.reading import frozen, is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
@@ -372,9 +372,8 @@ class Trainer:
 
     def _objection(self, settings: Mapping[str, Any]) -> str:
         """Why settings cannot be changed now; empty when they can."""
-        frozen = [name for name in settings if not is_live(name)]
-        if frozen:
-            return f"{', '.join(frozen)} cannot change while training"
+        if refused := frozen(settings):
+            return refused
         self._changed(settings)
         steps = settings.get("max_train_steps")
         if isinstance(steps, int) and steps < self.steps_done:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,12 @@ def _as_yaml(plain: dict[str, Any], *, escaped: bool) -> str:
     stream = io.StringIO()
     yaml.dump(plain, stream)
     return stream.getvalue()
+
+
+def frozen(settings: Iterable[str]) -> str:
+    """Which of some settings cannot change while training, in a sentence; empty when all can."""
+    names = [name for name in settings if not is_live(name)]
+    return f"{', '.join(names)} cannot change while training" if names else ""
 
 
 def is_live(name: str) -> bool:

@@ -16,7 +16,7 @@ from sd3tune.files import write_text
 from sd3tune.launching import POLL, Launched, launch
 from sd3tune.records import CheckpointRecord, CommandRecord, Record
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.validator import newest_grid
+from sd3tune.validation.pictures import newest_grid
 
 if TYPE_CHECKING:
     from sd3tune.cache import Cache
@@ -84,7 +84,7 @@ class Followed:
 
     def grid(self) -> Grid:
         """The newest pictures under the base model's, over the real ones."""
-        return newest_grid(self.config, self.folder, self._cache, self.steps_done)
+        return newest_grid(self.config, self.folder, self._cache.plan, self.steps_done)
 
     def _waiting(self) -> dict[str, Any]:
         """What was asked and is not taken yet."""

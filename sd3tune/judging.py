@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.buckets import Placement
 from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.models import adapters, lycoris_adapters
+from sd3tune.models.attention import unable
 from sd3tune.records import EvalRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.training.engine import Engine
+from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import by_image, evaluation_levels, evaluation_loss, look
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.validator import Validator, newest_grid
+from sd3tune.validation.painter import Event
+from sd3tune.validation.pictures import Kind, newest_grid, source_of
+from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.validator import base_rows, draw, painting
 
 
 class Judge:
@@ -25,10 +32,12 @@ class Judge:
 
     def __init__(self, engine: Engine, transformer: Any, network: Any, cache: Cache, device: torch.device) -> None:
         self._engine, self._transformer, self._network, self._cache, self._device = engine, transformer, network, cache, device
-        self._validator = Validator(transformer, cache, device)
+        self._prior = Prior(engine.velocity, transformer, network)
 
-    def check_layers(self, config: RunConfig) -> None:
-        """Raises: ConfigError when skip-layer guidance names a block that this model does not have."""
+    def check(self, config: RunConfig) -> None:
+        """Raises: ConfigError for skip-layer guidance on a block that this model does not have, or attention that does not work here."""
+        if config.prompts and (why := unable(config.model.attention_mechanism, self._device)):
+            raise ConfigError([why])
         depth = self._transformer.config.num_layers
         wrong = [n for n in config.validation.validation_guidance_skip_layers or () if n >= depth]
         if wrong:
@@ -52,30 +61,68 @@ class Judge:
             return by_image([group.losses_B for group in seen])
 
     def draw(self, config: RunConfig, folder: RunFolder) -> Iterator[Record]:
-        """Draw the validation prompts; one record per sampler step and per picture. The grid is then on disk."""
-        with self._evaluating(config.validation.validation_lycoris_strength):
-            yield from self._validator.draw(config, folder, self._engine.updates)
+        """Draw what is to be drawn: the base model's pictures once, then those of the adapter, its running average, or both.
+
+        One record per sampler step and per picture. The grid is then on disk.
+        """
+        shots, device, step = shots_of(config), str(self._device), self._engine.updates
+        source = source_of(config, device, "base", 0)
+        wanted: list[Shot] = []
+        for found in base_rows(shots, source, folder):
+            if isinstance(found, Shot):
+                wanted.append(found)
+            else:
+                yield found
+        changed = bool(step) or config.adapter.init_lora is not None
+        with painting(config, self._transformer, self._cache.text, self._device) as painter:
+            if wanted:
+                with self._evaluating("base"):
+                    yield from draw(painter, wanted, source, folder)
+            for kind in self._kinds(config) if changed else ():
+                source = source_of(config, device, kind, step, folder.keep_adapter(self._weights(kind)))
+                for strength in dict.fromkeys(shot.strength for shot in shots):
+                    with self._evaluating(kind, strength):
+                        yield from draw(painter, [shot for shot in shots if shot.strength == strength], source, folder)
+        folder.drop_adapters()
         self.grid(config, folder).save(folder.grid)
+
+    def painted(self, config: RunConfig, shots: Sequence[Shot]) -> Iterator[Event]:
+        """Draw shots with the adapter as it is, into no folder."""
+        with painting(config, self._transformer, self._cache.text, self._device) as painter:
+            for strength in dict.fromkeys(shot.strength for shot in shots):
+                with self._evaluating("adapter", strength):
+                    yield from painter.draw([shot for shot in shots if shot.strength == strength])
+
+    def _kinds(self, config: RunConfig) -> tuple[Kind, ...]:
+        """Whose pictures are drawn beside the base model's."""
+        if not self._engine.ema or config.validation.ema_validation == "none":
+            return ("adapter",)
+        return ("ema",) if config.validation.ema_validation == "ema_only" else ("adapter", "ema")
+
+    def _weights(self, kind: Kind) -> Mapping[str, Tensor]:
+        return self._engine.ema if kind == "ema" else self._engine.result()
 
     def grid(self, config: RunConfig, folder: RunFolder) -> Grid:
         """The newest pictures under the base model's, over the real ones."""
-        return newest_grid(config, folder, self._cache, self._engine.updates)
+        return newest_grid(config, folder, self._cache.plan, self._engine.updates)
 
     @contextmanager
-    def _evaluating(self, strength: float = 1.0) -> Iterator[None]:
-        """The model in evaluation mode (no adapter dropout), with a share of a LyCORIS adapter's change, for the duration of the block."""
+    def _evaluating(self, kind: Kind = "adapter", strength: float = 1.0) -> Iterator[None]:
+        """The model in evaluation mode (no adapter dropout), without the adapter or with a share of its change, for the block."""
         models = [self._transformer, *([self._network] if self._network is not None else [])]
-        layers = [] if self._network is None or strength == 1 else self._network.loras
-        before = [layer.multiplier for layer in layers]
+        training = [model.training for model in models]
         for model in models:
             model.eval()
-        for layer in layers:
-            layer.multiplier = strength * layer.multiplier
         try:
-            with self._engine.judged():
+            with ExitStack() as stack:
+                stack.enter_context(self._engine.judged(ema=kind == "ema"))
+                if kind == "base":
+                    stack.enter_context(self._prior.base())
+                elif self._network is None:
+                    stack.enter_context(adapters.scaled(self._transformer, strength))
+                else:
+                    stack.enter_context(lycoris_adapters.scaled(self._network, strength))
                 yield
         finally:
-            for model in models:
-                model.train()
-            for layer, multiplier in zip(layers, before, strict=True):
-                layer.multiplier = multiplier
+            for model, was in zip(models, training, strict=True):
+                model.train(was)

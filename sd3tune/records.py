@@ -96,17 +96,23 @@ class ProbeRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewRecord(Record):
-    """One step of the sampler is done."""
+    """One step of the sampler is done, for all pictures that are drawn together; not written to the history."""
 
     type: ClassVar[str] = "preview"
     prompt: str
+    """Of the first of them."""
     sampler_step: int
     sampler_steps: int
+    count: int = 1
+    """Pictures drawn together."""
+    prompts: tuple[str, ...] = ()
+    previews: tuple[bytes, ...] = ()
+    """What they look like so far, as JPEG files; empty unless ``validation_preview`` asks for it at this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord(Record):
-    """One validation picture is on disk."""
+    """One validation picture is on disk, or ``problem`` says why it could not be drawn."""
 
     type: ClassVar[str] = "image"
     prompt: str
@@ -116,6 +122,11 @@ class ImageRecord(Record):
     height: int
     guidance: float
     skip_layers: tuple[int, ...]
+    name: str = ""
+    """Of the prompt, in its library."""
+    kind: str = "adapter"
+    """``base`` for the model without the adapter (``step`` is 0 then), ``adapter``, or ``ema`` for its running average."""
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

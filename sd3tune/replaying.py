@@ -14,6 +14,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
 from sd3tune.processes import started
 from sd3tune.records import NoticeRecord, Record
+from sd3tune.redrawing import redraw
 from sd3tune.resuming import shared_out
 from sd3tune.run_folder import RunFolder
 from sd3tune.trainer import Trainer
@@ -25,9 +26,14 @@ STEERING = ("learning_rate", "max_grad_norm", "max_train_steps")
 def replay(run_folder: str | Path, cache: Cache | None = None) -> Iterator[Record]:
     """Do every update of a run again, with every command at its place; the last record says whether the adapter is the same.
 
-    The run itself is only read; the replay has a folder of its own beside it. Raises: CheckpointError when it is no run folder.
+    The run itself is only read; the replay has a folder of its own beside it. A picture of a run is drawn again instead, see `redraw`.
+    Raises: CheckpointError when it is no run folder.
     """
-    folder = RunFolder(Path(run_folder).absolute())
+    path = Path(run_folder).absolute()
+    if path.is_file() or path.suffix == ".png":
+        yield from redraw(path)
+        return
+    folder = RunFolder(path)
     if not folder.config.exists():
         raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
     recorded = shared_out(RunConfig.load(folder.config), started())

@@ -7,11 +7,22 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.errors import CheckpointError, ConfigError
-from sd3tune.files import digest_of, explained, file_digest, new_numbered_folder, write_folder, write_text, write_with
+from sd3tune.files import (
+    digest_of,
+    explained,
+    file_digest,
+    make_folder,
+    new_numbered_folder,
+    write_bytes,
+    write_folder,
+    write_text,
+    write_with,
+)
 from sd3tune.history import follow_segments, read_lines, smooth
 from sd3tune.keeping import best_of
 
@@ -93,6 +104,45 @@ class RunFolder:
     def images(self, step: int) -> Path:
         """Validation pictures drawn after ``step`` updates."""
         return self.path / "images" / f"step-{step:06d}"
+
+    # --- adapters of pictures ----------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> Path:
+        """Adapters that pictures were drawn with, each by the SHA-256 of its file."""
+        return self.path / "adapters"
+
+    def keep_adapter(self, weights: Mapping[str, Tensor]) -> str:
+        """Keep the weights that pictures are about to be drawn with, once; a checkpoint's file is linked. Returns the name.
+
+        Raises: FileError.
+        """
+        from safetensors.torch import save
+
+        data = save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()})
+        mark = digest_of(data)
+        path = self.adapters / f"{mark}.safetensors"
+        if path.exists():
+            return mark
+        make_folder(self.adapters)
+        for folder in self.checkpoints():
+            state, damage = read_state(folder)
+            if not damage and state["sha256"].get("adapter.safetensors") == mark:
+                with suppress(OSError):  # a file system without links
+                    path.hardlink_to(folder / "adapter.safetensors")
+                    return mark
+        write_bytes(path, data)
+        return mark
+
+    def drop_adapters(self) -> None:
+        """Delete adapters whose pictures are gone."""
+        named = set()
+        for path in self.images(0).parent.glob("*/*.json"):
+            with suppress(OSError, ValueError, AttributeError):
+                named.add(json.loads(path.read_text()).get("adapter"))
+        for path in self.adapters.glob("*.safetensors"):
+            if path.stem not in named:
+                path.unlink(missing_ok=True)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
 from sd3tune.training.guard import GuardError
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.painter import Event
+from sd3tune.validation.shots import Shot
 from sd3tune.validation.verdict import judged
 
 R = TypeVar("R", bound=Record)
@@ -66,7 +68,7 @@ class Trainer:
         parts = build(config, cache, self.processes, fresh=folder is None)
         self.device, self.transformer, self.network, self.engine = parts.device, parts.transformer, parts.network, parts.engine
         self._judge = Judge(self.engine, self.transformer, self.network, cache, self.device)
-        self._judge.check_layers(config)
+        self._judge.check(config)
         self.manifest: Manifest = manifest_of(config, cache, parts)
         self.folder = folder or self.processes.by_main(lambda: RunFolder.create(Path(config.run.output_dir).absolute()))
         self._saver = Saver(self.folder, config, main=self.processes.main)
@@ -153,7 +155,7 @@ class Trainer:
             yield self._tell(NoticeRecord(step=0, text=self.manifest.sentence))
             if self.config.optimizer.guard_policy == "rollback" and not self.folder.checkpoints():
                 yield from self._save()
-            yield from self._both(0)
+            yield from self._both(draw=self.config.validation.validation_on_startup)
         while self.steps_done < (self.total if last is None else min(last, self.total)):
             if (yield from self._obey()):
                 break
@@ -317,11 +319,11 @@ class Trainer:
         for text in (*said, *self._reporters.news()):
             yield self._tell(NoticeRecord(step=self.steps_done, text=text))
 
-    def _both(self, step: int) -> Iterator[Record]:
+    def _both(self, *, draw: bool = True) -> Iterator[Record]:
         """Evaluate and draw."""
         if self.cache.plan.evaluation:
             yield from self._evaluated()
-        if self.config.prompts:
+        if self.config.prompts and draw:
             yield from self.validation()
 
     def _finish(self) -> Iterator[Record]:
@@ -331,7 +333,7 @@ class Trainer:
             self.save(self.folder.lora.with_name("lora-ema.safetensors"), ema=True)
         tensors = self.save(self.folder.lora)
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
-        yield from self._both(self.steps_done)
+        yield from self._both()
         self.folder.save_loss_chart()
         for record in self._reporters.finish(self.steps_done):
             yield record if isinstance(record, WaitRecord) else self._tell(record)
@@ -396,15 +398,13 @@ class Trainer:
         if values.get("max_train_steps") is not None:
             values["num_train_epochs"] = None
         changed = self.config.replace(**values)
-        self._judge.check_layers(changed)
+        self._judge.check(changed)
         return changed
 
     def unread(self, settings: Mapping[str, Any]) -> list[str]:
         """The prompts among some settings that the text encoders have not read yet."""
-        given = settings.get("validation_prompt", ())
-        texts = [*([given] if isinstance(given, str) else given), settings.get("validation_negative_prompt", "")]
         missing = []
-        for text in texts:
+        for text in {*self._changed(settings).validation_texts} - {*self.config.validation_texts}:
             try:
                 self.cache.states(text)
             except CacheError:
@@ -446,6 +446,14 @@ class Trainer:
             if isinstance(record, PreviewRecord):
                 self._reporters.take(record)
             yield record if isinstance(record, PreviewRecord) else self._tell(record)
+
+    def painted(self, shots: Sequence[Shot]) -> Iterator[Event]:
+        """Draw shots with the adapter as it is, into no folder and no history."""
+        return self._judge.painted(self.config, shots)
+
+    def check(self, config: RunConfig) -> None:
+        """Raises: ConfigError for settings of validation that this model or machine cannot do."""
+        self._judge.check(config)
 
     def validate(self) -> Grid:
         """Draw the validation prompts now and show them above the base model's. Raises: TrainingError without prompts."""

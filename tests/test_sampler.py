@@ -43,9 +43,11 @@ def test_sampler_equals_stock_pipeline_bit_for_bit(stock: Any, scale: float, lay
         negative_pooled_prompt_embeds=negative.pooled_P[None], generator=torch.Generator().manual_seed(3),
         skip_guidance_layers=list(layers) or None, skip_layer_guidance_stop=0.6, **common,
     ).images  # fmt: skip
-    noise = start_noise((16, height // 8, width // 8), 3, torch.float32)
+    noise = start_noise((16, height // 8, width // 8), [3], torch.float32)
     guidance = Guidance(scale, layers, skip_stop=0.6)
-    walk = sample(stock.transformer, stock.scheduler, positive=positive, negative=negative, noise_BCHW=noise, steps=8, guidance=guidance)
+    walk = sample(
+        stock.transformer, stock.scheduler, positives=[positive], negatives=[negative], noise_BCHW=noise, steps=8, guidance=guidance
+    )
     walked = list(walk)
     steps, got = [step for step, _ in walked], walked[-1][1]
     assert steps == list(range(1, 9))

@@ -172,6 +172,14 @@ def replaced(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
 def _finish(flat: dict[str, Any], problems: list[str], where: str) -> RunConfig:
     if flat.get("optimizer") == "prodigy":
         flat = {"learning_rate": 1.0, **flat}  # there it is a multiplier
+    if flat.get("validation_guidance_skip_layers"):
+        flat = {"validation_guidance": 4.0, **flat}
+    if isinstance(named := flat.get("user_prompt_library"), str):
+        try:
+            flat = {**flat, "user_prompt_library": read_yaml(Path(named))}  # the run's settings hold what was drawn, wherever the file goes
+        except ConfigError as error:
+            flat = {name: value for name, value in flat.items() if name != "user_prompt_library"}
+            problems = [*problems, *(f"user_prompt_library: {Path(named).absolute()}: {problem}" for problem in error.problems)]
     config, bad = _construct(flat)
     # Cross-field rules run even after field errors, over what is left, so that one report names everything.
     found = [*problems, *bad.values()]

@@ -1,4 +1,4 @@
-"""What is wrong with settings of noise levels, rollouts, the update rule and reporting that are each legal alone."""
+"""What is wrong with settings of noise levels, rollouts, the update rule, pictures and reporting that are each legal alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sd3tune.config.hooks import hook_problems
+from sd3tune.config.library import problems as library_problems
+from sd3tune.config.library import size_problems
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
 
 if TYPE_CHECKING:
@@ -98,3 +100,25 @@ def reporting_problems(reporting: Reporting) -> Iterator[str]:
     if name is not None and not REPOSITORY.fullmatch(name):
         yield f"hub_model_id: {name!r} is not owner/name or name; letters, digits, '-', '_' and '.' are allowed"
     yield from hook_problems(reporting.webhook_config)
+
+
+def validation_problems(config: RunConfig) -> Iterator[str]:
+    """Sentences about the pictures that are drawn on the way."""
+    v = config.validation
+    yield from (f"validation_resolution: {problem}" for problem in size_problems(v.validation_resolution))
+    if v.user_prompt_library is not None:
+        yield from (f"user_prompt_library: {problem}" for problem in library_problems(v.user_prompt_library))
+    if v.validation_preview and v.validation_disable:
+        yield "validation_preview is on and validation_disable is on, so nothing is ever drawn; switch one off"
+    layers = v.validation_guidance_skip_layers
+    if layers is None:
+        return
+    if not layers or len(set(layers)) != len(layers):
+        yield f"validation_guidance_skip_layers: {list(layers)} is not a list of different block numbers from 0"
+    if v.validation_guidance <= 1:
+        yield (
+            f"validation_guidance ({v.validation_guidance:g}) is not above 1, and without guidance diffusers never runs "
+            "skip-layer guidance; raise it, or remove validation_guidance_skip_layers"
+        )
+    if v.validation_guidance_skip_layers_start >= v.validation_guidance_skip_layers_stop:
+        yield "validation_guidance_skip_layers_start is not below validation_guidance_skip_layers_stop"

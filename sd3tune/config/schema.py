@@ -7,7 +7,6 @@ unique over all sections, so ``learning_rate`` and ``optimizer.learning_rate`` n
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from sd3tune.config import library
 from sd3tune.config.declaring import STRICT
-from sd3tune.config.rules import noise_problems, optimizer_problems, reporting_problems, rollout_problems
+from sd3tune.config.library import Prompt, parse_size
+from sd3tune.config.rules import noise_problems, optimizer_problems, reporting_problems, rollout_problems, validation_problems
 from sd3tune.config.sections import (
     Adapter,
     Data,
@@ -31,6 +32,9 @@ from sd3tune.config.sections import (
     Schedule,
     Validation,
 )
+
+PIXELS, MOST = 1024 * 1024, 16
+"""What is drawn together when nothing is said: so many pixels, and so many pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,10 +105,32 @@ class RunConfig:
         return 3.0 if self.noise.flow_schedule_shift is None else self.noise.flow_schedule_shift
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """The validation prompts as a tuple."""
-        given = self.validation.validation_prompt
-        return ((given,) if given else ()) if isinstance(given, str) else given
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What is drawn: the validation prompts, those of the libraries, and no prompt if it is asked for; nothing when switched off."""
+        v = self.validation
+        if v.validation_disable:
+            return ()
+        given = (v.validation_prompt,) if isinstance(v.validation_prompt, str) else v.validation_prompt
+        found = [Prompt(text, text) for text in given if text]
+        if v.validation_prompt_library:
+            found += library.PLAYGROUND if self.model.model_flavour == "playground" else library.OURS
+        if isinstance(v.user_prompt_library, dict):
+            found += library.prompts_of(v.user_prompt_library)
+        if found and not v.validation_disable_unconditional:
+            found.append(Prompt("no prompt", ""))
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def validation_texts(self) -> tuple[str, ...]:
+        """Every text that the pictures need: prompts and what guidance moves away from."""
+        negative = self.validation.validation_negative_prompt
+        texts = [text for p in self.prompts for text in (p.prompt, negative if p.negative is None else p.negative)]
+        return tuple(dict.fromkeys([*texts, negative]))
+
+    def drawn_together(self, width: int, height: int) -> int:
+        """Pictures of one size that are drawn at once."""
+        v, pictures = self.validation, len(self.prompts) * self.validation.num_validation_images
+        return min(pictures, v.validation_batch_size or max(1, min(MOST, PIXELS // (width * height))))
 
     @property
     def validation_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -117,14 +143,6 @@ class RunConfig:
         return self.schedule.seed if self.validation.validation_seed is None else self.validation.validation_seed
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """``"1280x768"`` or ``"1024"`` as (width, height). Raises: ValueError."""
-    match = re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", text)
-    if not match:
-        raise ValueError(f'a size is written "1024" or "1280x768", not {text.strip()!r}')
-    return int(match[1]), int(match[2] or match[1])
-
-
 def check(config: RunConfig) -> list[str]:
     """What is wrong everywhere with settings that are each legal alone, one sentence each.
 
@@ -133,7 +151,7 @@ def check(config: RunConfig) -> list[str]:
     problems: list[str] = []
     if sys.platform == "darwin" and "fp8-quanto" in (config.model.base_model_precision, config.model.text_encoder_3_precision):
         problems.append("fp8-quanto never works on Apple's GPUs; use int8-quanto")
-    model, schedule, validation = config.model, config.schedule, config.validation
+    model, schedule = config.model, config.schedule
     single = (model.pretrained_model_name_or_path or "").endswith(".safetensors")
     if model.model_flavour and model.pretrained_model_name_or_path and not single:
         problems.append("model_flavour and pretrained_model_name_or_path are both set; keep one")
@@ -152,22 +170,5 @@ def check(config: RunConfig) -> list[str]:
     if schedule.max_train_steps and schedule.num_train_epochs:
         problems.append("max_train_steps and num_train_epochs are both set; keep one")
     problems += [*noise_problems(config.noise), *rollout_problems(config), *optimizer_problems(config)]
-    problems += reporting_problems(config.reporting)
-    try:
-        for width, height in config.validation_sizes:
-            if width % 16 or height % 16 or not width or not height:
-                problems.append(f"validation_resolution: {width}x{height} is not a multiple of 16 px on both sides")
-    except ValueError as error:
-        problems.append(f"validation_resolution: {error}")
-    layers = validation.validation_guidance_skip_layers
-    if layers is not None:
-        if not layers or len(set(layers)) != len(layers):
-            problems.append(f"validation_guidance_skip_layers: {list(layers)} is not a list of different block numbers from 0")
-        if validation.validation_guidance <= 1:
-            problems.append(
-                f"validation_guidance ({validation.validation_guidance:g}) is not above 1, and without guidance diffusers never "
-                "runs skip-layer guidance; raise it, or remove validation_guidance_skip_layers"
-            )
-        if validation.validation_guidance_skip_layers_start >= validation.validation_guidance_skip_layers_stop:
-            problems.append("validation_guidance_skip_layers_start is not below validation_guidance_skip_layers_stop")
+    problems += [*reporting_problems(config.reporting), *validation_problems(config)]
     return problems

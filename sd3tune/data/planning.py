@@ -171,7 +171,7 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
     if not made.train:
         raise DataError("no picture is left to train on:\n  " + "\n  ".join(f"{p.path}: {p.reason}" for p in made.problems[:5]))
     texts = {c for p in made.train for c in p.item.captions} | {p.item.caption for p in made.evaluation}
-    texts |= {*config.prompts, config.validation.validation_negative_prompt, ""}
+    texts |= {*config.validation_texts, ""}
     made = replace(made, texts=tuple(sorted(texts)), steps=config.max_train_steps or 0)
     if not made.steps:
         batches = start_of_epoch(made.phases, (config.schedule.num_train_epochs or 1) + 1)

@@ -110,6 +110,22 @@ def switched_off(transformer: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+@contextmanager
+def scaled(transformer: nn.Module, strength: float) -> Iterator[None]:
+    """A share of the LoRA's change, for the duration of the block; 1 is the whole, bit for bit."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)] if strength != 1 else []
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: strength * scale for name, scale in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
 def file_name(name: str) -> str:
     """A weight's name without peft's adapter name: ``...to_q.lora_A.default.weight`` is ``...to_q.lora_A.weight``.
 

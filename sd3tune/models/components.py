@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +51,14 @@ def model_folder(config: RunConfig) -> Path:
         raise ModelError(f"{folder.resolve()}: not an SD3 pipeline in the diffusers layout; missing: {', '.join(absent)}")
     check_class(folder)
     return folder
+
+
+def base_name(config: RunConfig) -> str:
+    """The base model's name on the hub; of a folder or file here, the last part of its path."""
+    name, flavour = config.model.pretrained_model_name_or_path or "", config.model.model_flavour or ""
+    if not name:
+        return FLAVOURS.get(flavour, flavour)
+    return name if is_name(name) and not Path(name).exists() else PurePath(name).name
 
 
 def check_class(folder: Path) -> None:
@@ -185,11 +193,24 @@ def load_vae(config: RunConfig, device: torch.device) -> Any:
     return vae.requires_grad_(False).eval().to(device)
 
 
-def load_scheduler(config: RunConfig) -> Any:
-    """The sampler's scheduler, with ``validation_shift``."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+SOLVERS = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", "shift", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", "shift", {}),
+    "dpm": ("DPMSolverMultistepScheduler", "flow_shift", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", "flow_shift", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+}
+"""Solver -> diffusers' class, what it calls the shift of noise levels, and what makes it one for SD3."""
 
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(model_folder(config) / "scheduler", shift=config.validation.validation_shift)
+
+def load_scheduler(config: RunConfig, solver: str, shift: float) -> Any:
+    """A sampler's scheduler with the settings of the model's own."""
+    import diffusers
+
+    name, shifted, options = SOLVERS[solver]
+    kind, folder = getattr(diffusers, name), model_folder(config) / "scheduler"
+    if solver == "euler":
+        return kind.from_pretrained(folder, shift=shift)
+    return kind(**options, **{shifted: shift})
 
 
 def skeleton(config: RunConfig) -> Any:

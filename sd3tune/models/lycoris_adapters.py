@@ -109,6 +109,19 @@ def switched_off(network: Any) -> Iterator[None]:
             layer.multiplier = multiplier
 
 
+@contextmanager
+def scaled(network: Any, strength: float) -> Iterator[None]:
+    """A share of the adapter's change, for the duration of the block."""
+    before = [layer.multiplier for layer in network.loras]
+    for layer in network.loras:
+        layer.multiplier = strength * layer.multiplier
+    try:
+        yield
+    finally:
+        for layer, multiplier in zip(network.loras, before, strict=True):
+            layer.multiplier = multiplier
+
+
 PRESET = ("ENABLE_CONV", "TARGET_REPLACE_MODULE", "TARGET_REPLACE_NAME", "LORA_PREFIX", "MODULE_ALGO_MAP", "NAME_ALGO_MAP", "USE_FNMATCH",
           "TARGET_EXCLUDE_NAME")  # fmt: skip
 

@@ -116,7 +116,9 @@ def predict(config: RunConfig, *, side: int = 1024) -> Need:
     width = {"no": 4, "bf16": 2, "fp16": 2}[config.model.mixed_precision]
     trained = adapter_parameters(model, config)
     weight = 2 + 2 if config.optimizer.optimizer == "adamw_bf16" else 4 + 4  # the weight, and its gradient
-    drawn = [vae_bytes(config, VAE_DECODE, size, 1) for size in config.validation_sizes] if config.prompts else []
+    drawn = (
+        [vae_bytes(config, VAE_DECODE, size, config.drawn_together(*size)) for size in config.validation_sizes] if config.prompts else []
+    )
     mean = 4 if config.adapter.use_ema and config.adapter.ema_device == "accelerator" else 0
     return Need(
         base=base_bytes(model, config),

@@ -46,6 +46,24 @@ def begin_with(path: Path, weights: Mapping[str, nn.Parameter], spec: Spec) -> s
     return f"{path}: {len(lora.layers)} of {len(modules)} layers begin with what is in this file ({lora.layout})"
 
 
+def begin_exactly(path: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Give a LoRA the weights of a file that has their own names, as checkpoints do, bit for bit. Raises: CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            held: dict[str, Tensor] = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    odd = sorted({name for name, _ in {(name, value.shape) for name, value in held.items()} ^ set(shapes.items())})
+    if odd:
+        raise CheckpointError(f"{path}: is of another adapter than the run's settings describe; {len(odd)} weights differ, e.g. {odd[0]}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(held[name])
+
+
 def begin_lycoris(path: Path, weights: Mapping[str, nn.Parameter]) -> str:
     """Give a new LyCORIS network the weights of a file of the same kind. Raises: CheckpointError when it is of another."""
     from safetensors import SafetensorError, safe_open

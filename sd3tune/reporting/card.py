@@ -9,13 +9,19 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.reporting.cleaning import base_name, shareable, without_places, without_tokens
+from sd3tune.models.components import base_name
+from sd3tune.reporting.cleaning import shareable, without_places, without_tokens
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.validation.sampler import Guidance
+from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.snippet import DTYPES, sample_code
 
 COMMUNITY = "https://huggingface.co/{}/blob/main/LICENSE.md"
 """Where the licence of Stability AI's models stands (the Stability AI Community License)."""
 
-DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SOLVERS = {"euler": "flow-matching Euler", "heun": "flow-matching Heun", "dpm": "DPM-Solver++(2M)", "unipc": "UniPC"}
+UNKNOWN = Shot("a photograph", "a photograph", "", 1024, 1024, 42, 28, Guidance(3.0))
+"""What the code draws when a run drew nothing."""
 
 
 def card(folder: RunFolder, config: RunConfig, name: str) -> str:
@@ -26,7 +32,7 @@ def card(folder: RunFolder, config: RunConfig, name: str) -> str:
         f"# {folder.path.name}\n",
         _first_words(folder, config, name),
         "## How to use it\n",
-        f"```python\n{sample_code(config, name)}```\n",
+        f"```python\n{sample_code(config, next(iter(shots_of(config)), UNKNOWN), name)}```\n",
         _strength(config),
         *(["## A note\n", f"{config.reporting.model_card_note}\n"] if config.reporting.model_card_note else []),
         "## How it was made\n",
@@ -61,7 +67,7 @@ def _fields(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> d
     if phrases:
         found["instance_prompt"] = phrases[0]
     pictures = [path for at in picture_folders(folder)[-1:] for path in sorted(at.glob("*.json"))]
-    rows = [(json.loads(path.read_text()), path.with_suffix(".png").name) for path in pictures]
+    rows = [(json.loads(path.read_text()), path.with_suffix(".png").name) for path in pictures if path.with_suffix(".png").exists()]
     negative = config.validation.validation_negative_prompt
     if rows:
         found["widget"] = [
@@ -97,11 +103,9 @@ def _first_words(folder: RunFolder, config: RunConfig, name: str) -> str:
     lines = [f"A {kind} for {base}, trained with sd3tune.\n"]
     if folder.grid.exists():
         lines.append("![the base model's pictures above the adapter's](grid.png)\n")
-    lines += [f"* {_quoted(prompt)}" for prompt in config.prompts]
-    v = config.validation
-    facts = (
-        f"guidance {v.validation_guidance:g}, {v.validation_num_inference_steps} steps of flow-matching Euler, shift {v.validation_shift:g}"
-    )
+    lines += [f"* {_quoted(prompt.prompt)}" for prompt in config.prompts if prompt.prompt]
+    v, solver = config.validation, SOLVERS[config.validation.validation_noise_scheduler]
+    facts = f"guidance {v.validation_guidance:g}, {v.validation_num_inference_steps} steps of {solver}, shift {v.validation_shift:g}"
     skipped = f", skip-layer guidance on blocks {list(v.validation_guidance_skip_layers)}" if v.validation_guidance_skip_layers else ""
     if config.prompts:
         lines.append(f"\nDrawn with {facts}{skipped}, {v.validation_resolution}, seed {config.validation_seed}.\n")
@@ -110,45 +114,6 @@ def _first_words(folder: RunFolder, config: RunConfig, name: str) -> str:
 
 def _quoted(text: str) -> str:
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
-
-
-def sample_code(config: RunConfig, name: str) -> str:
-    """Python that draws the first prompt as the run's last validation did."""
-    playground, lycoris = config.model.model_flavour == "playground", config.adapter.lora_type == "lycoris"
-    m, v = config.model, config.validation
-    (width, height), dtype = config.validation_sizes[0], DTYPES[m.mixed_precision]
-    options = "" if m.use_t5 else ", text_encoder_3=None, tokenizer_3=None"
-    base = "MODEL" if playground else repr(base_name(config))
-    scheduler = "FlowMatchEulerDiscreteScheduler"
-    code = [
-        "import torch",
-        f"from diffusers import {scheduler}, StableDiffusion3Pipeline",
-        *(["from huggingface_hub import hf_hub_download", "from lycoris import create_lycoris_from_weights"] if lycoris else []),
-        *(["from sd3tune.playground import MODEL"] if playground else []),
-        "",
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, torch_dtype=torch.{dtype}{options})",
-        f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, shift={v.validation_shift:g})",
-    ]
-    if lycoris:
-        code.append(f'file = hf_hub_download({name!r}, "lora.safetensors")')
-        code.append(f"network, _ = create_lycoris_from_weights({v.validation_lycoris_strength:g}, file, pipeline.transformer)")
-        code.append("network.merge_to()")
-    else:
-        code.append(f'pipeline.load_lora_weights({name!r}, weight_name="lora.safetensors")')
-    code += ["pipeline.to(device)", "picture = pipeline("]
-    prompt = config.prompts[0] if config.prompts else "a photograph"
-    code.append(f"    prompt={prompt!r}, negative_prompt={v.validation_negative_prompt!r},")
-    code.append(f"    guidance_scale={v.validation_guidance:g}, num_inference_steps={v.validation_num_inference_steps},")
-    code.append(f"    width={width}, height={height}, max_sequence_length={m.tokenizer_max_length},")
-    if v.validation_guidance_skip_layers:
-        code.append(f"    skip_guidance_layers={list(v.validation_guidance_skip_layers)},")
-        code.append(f"    skip_layer_guidance_scale={v.validation_guidance_skip_scale:g},")
-        start, stop = v.validation_guidance_skip_layers_start, v.validation_guidance_skip_layers_stop
-        code.append(f"    skip_layer_guidance_start={start:g}, skip_layer_guidance_stop={stop:g},")
-    code.append(f"    generator=torch.Generator().manual_seed({config.validation_seed}),")
-    code += [").images[0]", 'picture.save("picture.png")']
-    return "\n".join(code) + "\n"
 
 
 def _strength(config: RunConfig) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.models import hub
+from sd3tune.models.components import base_name
 
 PRIVATE = ("output_dir", "cache_dir", "mirror_to", "init_lora", "lycoris_config", "webhook_config")
 """Settings that are paths or addresses."""
 
-WORDS = ("validation_prompt", "validation_negative_prompt", "model_card_note")
+WORDS = ("validation_prompt", "validation_negative_prompt", "user_prompt_library", "model_card_note")
 """Settings that are a person's own words."""
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
@@ -49,12 +49,3 @@ def shareable(config: RunConfig) -> dict[str, Any]:
     found = {name: value for name, value in config.leaves().items() if name not in PRIVATE}
     found["pretrained_model_name_or_path"] = base_name(config) if config.model.pretrained_model_name_or_path else None
     return {name: PLACE.sub(r"\1", v) if isinstance(v, str) and name not in WORDS else v for name, v in found.items()}
-
-
-def base_name(config: RunConfig) -> str:
-    """The base model's name on the hub; of a folder or file here, the last part of its path."""
-    name = config.model.pretrained_model_name_or_path or ""
-    flavour = config.model.model_flavour or ""
-    if not name:
-        return hub.FLAVOURS.get(flavour, flavour)
-    return name if hub.is_name(name) and not Path(name).exists() else PurePath(name).name

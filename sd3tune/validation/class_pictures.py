@@ -14,7 +14,7 @@ from sd3tune.files import make_folder, write_text, write_with
 from sd3tune.models import components
 from sd3tune.models.encoders import encoders
 from sd3tune.validation.sampler import decode, sample, start_noise
-from sd3tune.validation.validator import guidance_of
+from sd3tune.validation.shots import guidance_of
 
 ABOUT = "class-pictures.json"
 """The file that says how a folder's pictures were drawn."""
@@ -40,14 +40,16 @@ def draw(config: RunConfig, prompts: Sequence[str], folder: str | Path, count: i
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         width, height = config.validation_sizes[0]
         shape = (transformer.config.in_channels, height // factor, width // factor)
+    v = config.validation
     for number, file in enumerate(files):
         if number not in missing:
             yield file, True
             continue
         walk = sample(
-            transformer, components.load_scheduler(config), positive=positives[number % len(prompts)], negative=negative,
-            noise_BCHW=start_noise(shape, config.validation_seed + number, dtype).to(device),
-            steps=config.validation.validation_num_inference_steps, guidance=guidance_of(config),
+            transformer, components.load_scheduler(config, v.validation_noise_scheduler, v.validation_shift),
+            positives=[positives[number % len(prompts)]], negatives=[negative],
+            noise_BCHW=start_noise(shape, [config.validation_seed + number], dtype).to(device),
+            steps=v.validation_num_inference_steps, guidance=guidance_of(config),
         )  # fmt: skip
         picture = decode(vae, deque(walk, maxlen=1)[0][1])[0]
         write_text(file.with_suffix(".txt"), prompts[number % len(prompts)] + "\n")  # first, so that no picture is without one
@@ -60,7 +62,7 @@ def _about(config: RunConfig, prompts: Sequence[str]) -> str:
         "pretrained_model_name_or_path", "model_flavour", "revision", "base_model_precision", "mixed_precision", "use_t5",
         "tokenizer_max_length", "t5_padding", "sd3_clip_uncond_behaviour", "sd3_t5_uncond_behaviour", "text_encoder_1_precision",
         "text_encoder_2_precision", "text_encoder_3_precision", "validation_negative_prompt", "validation_resolution",
-        "validation_num_inference_steps", "validation_shift",
+        "validation_num_inference_steps", "validation_shift", "validation_noise_scheduler",
     )  # fmt: skip
     leaves = config.leaves()
     settings = {name: leaves[name] for name in names if name in leaves}

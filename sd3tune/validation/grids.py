@@ -19,12 +19,13 @@ MARGIN, LABEL, CELL = 8, 120, 128
 class Grid:
     """Rows of pictures with their labels. Displays itself in a notebook."""
 
-    rows: tuple[tuple[str, tuple[Image.Image | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[Image.Image | str | None, ...]], ...]
+    """Label and cells: a picture, a sentence that says why there is none, or nothing."""
     columns: tuple[str, ...]
 
     def image(self) -> Image.Image:
-        """The whole grid as one picture; a missing cell stays grey."""
-        pictures = [p for _, row in self.rows for p in row if p is not None]
+        """The whole grid as one picture; a missing cell stays grey, and one that failed says why."""
+        pictures = [p for _, row in self.rows for p in row if isinstance(p, Image.Image)]
         width = max([CELL, *(p.width for p in pictures)])
         height = max([CELL, *(p.height for p in pictures)])
         font = ImageFont.load_default(14)
@@ -38,8 +39,10 @@ class Grid:
             _write(pen, _wrap(label, LABEL - 2 * MARGIN, font), (MARGIN, y + height // 2 - 16), font)
             for c, picture in enumerate(row):
                 x = LABEL + c * (width + MARGIN)
-                if picture is None:
+                if not isinstance(picture, Image.Image):
                     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=(235, 235, 235))
+                    lines = _wrap(picture or "", width - 8, font, most=(height - 8) // 17)
+                    _write(pen, lines, (x + 4, y + 4), font)
                     continue
                 scale = min(width / picture.width, height / picture.height)
                 shown = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
@@ -60,8 +63,8 @@ class Grid:
         return self.png()
 
 
-def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """Up to two lines of ``text`` that fit ``width`` pixels."""
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, most: int = 2) -> list[str]:
+    """Up to ``most`` lines of ``text`` that fit ``width`` pixels."""
     lines: list[str] = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -69,8 +72,8 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > 2:
-        lines = [lines[0], lines[1] + " ..."]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
     return lines
 
 

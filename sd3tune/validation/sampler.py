@@ -1,12 +1,12 @@
 """Sampling on the live transformer, one yield per step, equal bit for bit to diffusers' `StableDiffusion3Pipeline`.
 
-Shapes: C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled text width. One picture at a
-time, so every tensor begins with a batch of 1 (or 2: negative, positive).
+Shapes: B pictures, C latent channels, H x W latent pixels, L text tokens, D joint text width, P pooled text width. With guidance
+every forward has 2 B rows: the negatives, then the positives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +42,26 @@ class Guidance:
         return tuple(i for i in range(steps) if self.skips(i, steps))
 
 
-def start_noise(shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> Tensor:
-    """The noise 1 C H W that a stock pipeline draws from ``torch.Generator("cpu").manual_seed(seed)``."""
-    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def start_noise(shape: tuple[int, int, int], seeds: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The noise B C H W that a stock pipeline draws from a list of ``torch.Generator("cpu").manual_seed(seed)``."""
+    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds])
 
 
 def sample(
-    transformer: Any, scheduler: Any, *, positive: Text, negative: Text, noise_BCHW: Tensor, steps: int, guidance: Guidance
-) -> Iterator[tuple[int, Tensor]]:
-    """Walk from noise to a latent; yields the number of finished steps with the latent 1 C H W so far."""
+    transformer: Any, scheduler: Any, *, positives: Sequence[Text], negatives: Sequence[Text], noise_BCHW: Tensor, steps: int,
+    guidance: Guidance,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Walk from noise to latents; yields the number of finished steps with the latents B C H W so far.
+
+    A step is one forward (two with guidance, three with skip-layer guidance); Heun's scheduler makes 2 ``steps`` - 1 of them, and
+    skip-layer guidance counts those, as the stock pipeline does.
+    """
     device, dtype = noise_BCHW.device, noise_BCHW.dtype
     guided = guidance.scale > 1
-    texts = [negative, positive] if guided else [positive]
+    texts = [*negatives, *positives] if guided else positives
     joint_BLD = torch.stack([t.joint_LD for t in texts]).to(device, dtype)
     pooled_BP = torch.stack([t.pooled_P for t in texts]).to(device, dtype)
+    count = len(positives)
 
     def predict(latents: Tensor, t: Tensor, joint: Tensor, pooled: Tensor, skip: list[int] | None = None) -> Tensor:
         return transformer(  # type: ignore[no-any-return]
@@ -72,7 +78,7 @@ def sample(
                 without, with_text = velocity.chunk(2)
                 velocity = without + guidance.scale * (with_text - without)
                 if guidance.skips(step, steps):
-                    skipped = predict(latent_BCHW, t, joint_BLD[1:], pooled_BP[1:], list(guidance.skip_layers))
+                    skipped = predict(latent_BCHW, t, joint_BLD[count:], pooled_BP[count:], list(guidance.skip_layers))
                     velocity = velocity + (with_text - skipped) * guidance.skip_scale
             latent_BCHW = scheduler.step(velocity, t, latent_BCHW, return_dict=False)[0]
         yield step + 1, latent_BCHW

@@ -1,9 +1,10 @@
 """Every setting, declared once. Leaf names are unique over all sections."""
 
-from sd3tune.config.sections.judging import Evaluation, Run, Validation
+from sd3tune.config.sections.judging import Evaluation, Run
 from sd3tune.config.sections.model import Adapter, Memory, Model
 from sd3tune.config.sections.reporting import Reporting
 from sd3tune.config.sections.training import Data, Noise, Objective, Optimizer, Schedule
+from sd3tune.config.sections.validating import Validation
 
 __all__ = ["SECTION_CLASSES", "Adapter", "Data", "Evaluation", "Memory", "Model", "Noise", "Objective", "Optimizer"]
 __all__ += ["Reporting", "Run", "Schedule", "Validation"]

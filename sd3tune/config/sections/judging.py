@@ -1,43 +1,12 @@
-"""Settings of how it is judged and where results go."""
+"""Settings of the loss on held-out pictures and of where results go."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sd3tune.config.declaring import MANY, STRICT, about
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Validation:
-    """The pictures drawn on the way. Nothing here touches training."""
-
-    validation_prompt: Annotated[str | tuple[str, ...], about("What to draw: one prompt or a list.", live=True)] = ()
-    validation_negative_prompt: Annotated[str, about("What the guidance moves away from.", live=True)] = ""
-    validation_resolution: Annotated[str, about('Sizes of the pictures, such as "1024x1024,1280x768".')] = "1024x1024"
-    validation_guidance: Annotated[float, about("Classifier-free guidance scale; 1 is none.", low=0, high=30, live=True)] = 3.0
-    validation_num_inference_steps: Annotated[int, about("Steps of the sampler.", low=1, high=1000, live=True)] = 28
-    validation_seed: Annotated[int | None, about("Seed of the pictures' noise; the run's when left out.", low=0, high=2**32 - 1)] = None
-    validation_steps: Annotated[
-        int, about("Updates between pictures; 0 draws only at the start and the end.", low=0, high=MANY, unit="updates", live=True)
-    ] = 100
-    validation_shift: Annotated[float, about("Shift of the sampler's noise levels.", above=0, high=20)] = 3.0
-    validation_guidance_skip_layers: Annotated[
-        tuple[Annotated[int, Field(ge=0, le=999)], ...] | None,
-        about("Blocks left out in skip-layer guidance; none switches it off.", live=True),
-    ] = None
-    validation_guidance_skip_layers_start: Annotated[
-        float, about("Share of the steps after which skip-layer guidance begins.", low=0, high=1, live=True)
-    ] = 0.01
-    validation_guidance_skip_layers_stop: Annotated[
-        float, about("Share of the steps at which skip-layer guidance ends.", low=0, high=1, live=True)
-    ] = 0.2
-    validation_lycoris_strength: Annotated[
-        float, about("How much of a LyCORIS adapter's change the pictures are drawn with.", low=0, high=10, live=True)
-    ] = 1.0
-    validation_guidance_skip_scale: Annotated[float, about("Strength of skip-layer guidance.", low=0, high=30, live=True)] = 2.8
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -51,6 +51,13 @@ class Model:
         about("What the two CLIPs give for no text (a dropped caption, an empty negative prompt): that of the empty text, or zeros."),
     ] = "empty_string"
     sd3_t5_uncond_behaviour: Annotated[Literal["empty_string", "zero"], about("The same of T5.")] = "empty_string"
+    attention_mechanism: Annotated[
+        Literal[
+            "auto", "native-math", "native-efficient", "native-flash", "cudnn", "sageattention", "sageattention-int8-fp16-triton",
+            "sageattention-int8-fp16-cuda", "sageattention-int8-fp8-cuda",
+        ],
+        about("How the pictures' forwards compute attention; training always uses torch's own."),
+    ] = "auto"  # fmt: skip
     vae_dtype: Annotated[Literal["bf16", "fp16", "fp32"], about("Number format of the autoencoder.")] = "bf16"
     vae_enable_tiling: Annotated[bool, about("Encode and decode in tiles: less memory, values that differ slightly at their edges.")] = (
         False

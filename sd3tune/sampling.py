@@ -1,0 +1,194 @@
+"""Draw with an adapter that is trained: a run's, or any LoRA file, in a fresh process."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sd3tune.assembly import spec_of
+from sd3tune.cache import CacheBuilder
+from sd3tune.cache.reading import Cache
+from sd3tune.config.schema import RunConfig
+from sd3tune.data.catalog import Catalog
+from sd3tune.data.planning import Plan
+from sd3tune.errors import CheckpointError, ConfigError, TrainingError
+from sd3tune.files import file_digest
+from sd3tune.models import adapters, components, lora_layouts, lycoris_adapters, merging, starting
+from sd3tune.models.encoders import encoders
+from sd3tune.records import ImageRecord, Record
+from sd3tune.run_folder import RunFolder
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.pictures import source_of
+from sd3tune.validation.shots import shots_of
+from sd3tune.validation.validator import draw, painting
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures that were drawn, with their files. Displays itself in a notebook."""
+
+    pictures: tuple[Image, ...]
+    paths: tuple[Path, ...]
+    prompts: tuple[str, ...]
+
+    def grid(self) -> Grid:
+        """The pictures side by side."""
+        return Grid((("", self.pictures),), self.prompts)
+
+    def _repr_png_(self) -> bytes:
+        if len(self.pictures) > 1:
+            return self.grid().png()
+        with io.BytesIO() as stream:
+            self.pictures[0].save(stream, "PNG")
+            return stream.getvalue()
+
+
+def sample(
+    file: str | Path, prompt: str | Sequence[str], *, out: str | Path = "samples", config: RunConfig | None = None, **settings: Any
+) -> Samples:
+    """Draw prompts with an adapter: a run folder, one of its checkpoints or pictures' adapters, or a LoRA file of any layout.
+
+    ``settings`` are those of validation, such as ``validation_guidance=4.0`` or ``validation_adapter_strength=0.8``; the others are the
+    run's, or those of ``config``, which must name the model for a file that lies in no run folder. Pictures are new files in ``out``.
+    Raises: CheckpointError, ConfigError, ModelError, FileError; TrainingError when a picture could not be drawn.
+    """
+    found = [record for record in drawing(file, prompt, out=out, config=config, **settings) if isinstance(record, ImageRecord)]
+    if failed := next((record for record in found if record.problem), None):
+        raise TrainingError(f"{failed.prompt!r} could not be drawn: {failed.problem}")
+    return Samples(
+        tuple(_opened(Path(record.path)) for record in found),
+        tuple(Path(record.path) for record in found), tuple(record.prompt for record in found),
+    )  # fmt: skip
+
+
+def drawing(
+    file: str | Path, prompt: str | Sequence[str], *, out: str | Path = "samples", config: RunConfig | None = None, **settings: Any
+) -> Iterator[Record]:
+    """The same step by step: one record per step of the sampler and per picture."""
+    adapter = weights_file(Path(file))
+    chosen = config or config_of(adapter, settings)
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    own: dict[str, Any] = {"validation_prompt": prompts, "validation_prompt_library": False, "user_prompt_library": None}
+    chosen = chosen.replace(**{**own, "validation_disable": False, "validation_disable_unconditional": True, **settings})
+    device = components.pick_device()
+    texts = texts_of(chosen)
+    folder = RunFolder(Path(out).absolute())
+    with loaded(chosen, adapter, device) as (transformer, network), painting(chosen, transformer, texts.text, device) as painter:
+        shots = shots_of(chosen)
+        for strength in dict.fromkeys(shot.strength for shot in shots):
+            with at_strength(transformer, network, strength):
+                source = source_of(chosen, str(device), "adapter", 0, file_digest(adapter))
+                yield from draw(painter, [shot for shot in shots if shot.strength == strength], source, folder)
+
+
+def weights_file(path: Path) -> Path:
+    """The adapter that a path means: a file, a run folder's final one, or a checkpoint's. Raises: CheckpointError."""
+    if path.is_file():
+        return path.absolute()
+    for name in ("lora.safetensors", "adapter.safetensors"):
+        if (path / name).is_file():
+            return (path / name).absolute()
+    if path.is_dir() and (newest := RunFolder(path.absolute()).checkpoints()):
+        return newest[-1] / "adapter.safetensors"
+    what = "holds no adapter (lora.safetensors, or checkpoints)" if path.is_dir() else "there is no such file"
+    raise CheckpointError(f"{path.absolute()}: {what}; name a .safetensors file, a run folder, or one of its checkpoints")
+
+
+def run_of(path: Path) -> RunFolder | None:
+    """The run folder that a file lies in, if it does."""
+    return next((RunFolder(at) for at in path.parents[:3] if (at / "config.yaml").exists() and (at / "history.jsonl").exists()), None)
+
+
+def config_of(adapter: Path, settings: dict[str, Any]) -> RunConfig:
+    """The settings of the run that an adapter lies in, or those given, which must name the model. Raises: ConfigError."""
+    folder = run_of(adapter)
+    if folder is not None:
+        return RunConfig.load(folder.config)
+    if not settings.get("model_flavour") and not settings.get("pretrained_model_name_or_path"):
+        raise ConfigError(
+            [f"{adapter}: lies in no run folder, so the base model must be named: model_flavour (such as sd35-medium), or a configuration"],
+            "sample",
+        )
+    return RunConfig.make(**settings)
+
+
+def texts_of(config: RunConfig) -> Cache:
+    """A cache with the texts that a configuration's pictures need; those that are not there yet are encoded. Raises: ModelError."""
+    made = Plan(
+        train=(), evaluation=(), texts=tuple(sorted({*config.validation_texts, ""})), catalog=Catalog((), (), (), ()), batch_size=1,
+        accumulation=1, steps=0, cache_dir=config.run.cache_dir, vae_batch_size=1, text_batch_size=config.data.text_encoder_batch_size,
+    )  # fmt: skip
+    return CacheBuilder(made, encoders(config)).build()
+
+
+@contextmanager
+def loaded(config: RunConfig, adapter: Path | None, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """The base model with an adapter's file in it (or alone), and its LyCORIS network if it is one; in evaluation mode.
+
+    A run's own file is put in as it was while training, so pictures have the same bits. Raises: CheckpointError, ModelError.
+    """
+    transformer = components.load_transformer(config, device)
+    network = None if adapter is None else put_in(transformer, config, adapter)
+    for model in (transformer, *([network] if network is not None else [])):
+        model.eval()
+    yield transformer, network
+
+
+def put_in(transformer: Any, config: RunConfig, adapter: Path) -> Any:
+    """Add an adapter's file to a transformer; its LyCORIS network, if it is one. Raises: CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(adapter, framework="pt") as opened:
+            metadata, names = opened.metadata() or {}, list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{adapter}: cannot be read as safetensors ({error})") from None
+    if "lycoris_config" in metadata or (run_of(adapter) is not None and config.adapter.lora_type == "lycoris"):
+        described = json.loads(metadata["lycoris_config"]) if "lycoris_config" in metadata else None
+        network, weights = lycoris_adapters.add_lycoris(
+            transformer, described or lycoris_adapters.read_config(config.adapter.lycoris_config), seed=0
+        )
+        starting.begin_lycoris(adapter, weights)
+        return network
+    if names and all(name.startswith("transformer_blocks.") for name in names):
+        weights = adapters.add_lora(transformer, spec_of(config), seed=0)
+        starting.begin_exactly(adapter, weights)
+        return None
+    lora = lora_layouts.read(adapter)
+    merging.check_fit(lora, config, str(adapter))
+    spec = spec_of_file(lora)
+    starting.begin_with(adapter, adapters.add_lora(transformer, spec, seed=0), spec)
+    return None
+
+
+def spec_of_file(lora: lora_layouts.LoraFile) -> adapters.Spec:
+    """An adapter with the layers and ranks of a file."""
+    most = max(layer.rank for layer in lora.layers.values())
+    ranks = {re.escape(name): layer.rank for name, layer in lora.layers.items() if layer.rank != most}
+    dora = any(layer.magnitude is not None for layer in lora.layers.values())
+    return adapters.Spec(tuple(lora.layers), most, float(most), dora=dora, ranks=ranks)
+
+
+@contextmanager
+def at_strength(transformer: Any, network: Any, strength: float) -> Iterator[None]:
+    """A share of the adapter's change, for the duration of the block."""
+    with adapters.scaled(transformer, strength) if network is None else lycoris_adapters.scaled(network, strength):
+        yield
+
+
+def _opened(path: Path) -> Image:
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return opened.convert("RGB")

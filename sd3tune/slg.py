@@ -1,0 +1,181 @@
+"""Skip-layer guidance over a grid of settings: what each does to the pictures of an adapter as it is now."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from PIL import ImageChops, ImageStat
+
+from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.progress import duration
+from sd3tune.records import NoticeRecord, PreviewRecord, Record
+from sd3tune.trainer import Trainer
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.painter import Drawn, Failed, Said, Step
+from sd3tune.validation.sampler import Guidance
+from sd3tune.validation.shots import Shot, shots_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord(Record):
+    """One cell of the grid is drawn."""
+
+    type: ClassVar[str] = "cell"
+    skip_layers: tuple[int, ...]
+    """Empty for the row without skip-layer guidance."""
+    skip_scale: float
+    guidance: float
+    difference: float | None
+    """Mean difference from the picture without skip-layer guidance at the same scale, 0 to 1."""
+    clip: float | None
+    """How well prompt and picture agree, 0 to 1; nothing unless ``evaluation_type`` is clip."""
+    seconds: float
+    picture: Image = field(repr=False, compare=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The cell as settings: ``trainer.set(**cell.settings)``."""
+        slg = {"validation_guidance_skip_layers": self.skip_layers or None}
+        return {"validation_guidance": self.guidance, **slg, "validation_guidance_skip_scale": self.skip_scale}
+
+
+class SlgGrid:
+    """Rows of skipped blocks and scales under one without, columns of guidance scales. Iterate to draw it; it shows what is there.
+
+    Nothing of it touches the training or the run's settings.
+    """
+
+    def __init__(self, trainer: Trainer, rows: Sequence[tuple[tuple[int, ...], float]], cfgs: Sequence[float], shot: Shot) -> None:
+        self._trainer, self.rows, self.cfgs, self.shot = trainer, (((), 0.0), *rows), tuple(cfgs), shot
+        self.cells: dict[tuple[int, int], CellRecord] = {}
+        """Row and column -> what was drawn there."""
+        self.forwards = sum(self._forwards(row, cfg) for row in self.rows for cfg in self.cfgs)
+        """Pictures that go through the model, in all."""
+        self._each: float | None = None
+
+    def guidance(self, row: int, column: int) -> Guidance:
+        """The guidance of a cell."""
+        layers, scale = self.rows[row]
+        return replace(self.shot.guidance, scale=self.cfgs[column], skip_layers=layers, skip_scale=scale)
+
+    def _forwards(self, row: tuple[tuple[int, ...], float], cfg: float) -> int:
+        guidance = replace(self.shot.guidance, scale=cfg, skip_layers=row[0])
+        return self.shot.steps * (2 if cfg > 1 else 1) + len(guidance.active_steps(self.shot.steps))
+
+    @property
+    def price(self) -> str:
+        """What drawing it costs, by the time that one step takes now."""
+        if self._each is None:
+            self._each = self._timed()
+        count = len(self.rows) * len(self.cfgs)
+        active = self.guidance(1, 0).active_steps(self.shot.steps) if len(self.rows) > 1 else ()
+        said = f"; skip-layer guidance is active in steps {active[0]} to {active[-1]} of {self.shot.steps}" if active else ""
+        return f"{count} pictures, {self.forwards} forwards of the model: about {duration(self.forwards * self._each)}{said}"
+
+    def _timed(self) -> float:
+        """Seconds of one forward: of the second step, for the first warms up."""
+        events = self._trainer.painted([replace(self.shot, steps=max(2, self.shot.steps))])
+        next(events)
+        started = time.perf_counter()
+        next(events)
+        return (time.perf_counter() - started) / (2 if self.shot.guidance.scale > 1 else 1)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Draw what is not drawn yet; the price comes first, then a record per step of the sampler and per cell."""
+        step = self._trainer.steps_done
+        yield NoticeRecord(step=step, text=self.price)
+        for row in range(len(self.rows)):
+            for column in range(len(self.cfgs)):
+                if (row, column) not in self.cells:
+                    yield from self._draw(row, column)
+
+    def _draw(self, row: int, column: int) -> Iterator[Record]:
+        step, started = self._trainer.steps_done, time.perf_counter()
+        for event in self._trainer.painted([replace(self.shot, guidance=self.guidance(row, column))]):
+            if isinstance(event, Step):
+                yield PreviewRecord(
+                    step=step, prompt=self.shot.prompt, sampler_step=event.done, sampler_steps=event.steps, previews=event.previews,
+                    prompts=(self.shot.prompt,),
+                )  # fmt: skip
+            elif isinstance(event, Said):
+                yield NoticeRecord(step=step, text=event.text)
+            elif isinstance(event, Failed):
+                raise TrainingError(f"this cell could not be drawn: {event.why}")
+            elif isinstance(event, Drawn):
+                plain = self.cells.get((0, column))
+                apart = None if plain is None else difference(event.picture, plain.picture)
+                layers, scale = self.rows[row]
+                self.cells[row, column] = CellRecord(
+                    step=step, skip_layers=layers, skip_scale=scale or self.shot.guidance.skip_scale, guidance=self.cfgs[column],
+                    difference=apart, clip=self._trainer.score(event.picture, self.shot.prompt), seconds=time.perf_counter() - started,
+                    picture=event.picture,
+                )  # fmt: skip
+                yield self.cells[row, column]
+
+    def choose(self, row: int, column: int) -> dict[str, Any]:
+        """The settings of a cell, row 0 being the one without: ``trainer.set(**grid.choose(2, 1))``. Raises: TrainingError if not drawn."""
+        if (row, column) not in self.cells:
+            raise TrainingError(f"there is no picture in row {row}, column {column}; iterate over the grid first")
+        return self.cells[row, column].settings
+
+    def grid(self) -> Grid:
+        """What is drawn so far."""
+        rows = []
+        for number, (layers, scale) in enumerate(self.rows):
+            label = f"skip {', '.join(map(str, layers))} x {scale:g}" if layers else "no skip-layer guidance"
+            found = [self.cells.get((number, column)) for column in range(len(self.cfgs))]
+            scores = [f"{c.clip:.3f}" for c in found if c is not None and c.clip is not None]
+            cells = tuple(None if cell is None else cell.picture for cell in found)
+            rows.append((label + (f" (CLIP {' '.join(scores)})" if scores else ""), cells))
+        return Grid(tuple(rows), tuple(f"guidance {cfg:g}" for cfg in self.cfgs))
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as stream:
+            self.grid().image().save(stream, "PNG")
+            return stream.getvalue()
+
+    def __str__(self) -> str:
+        lines = [self.price] if not self.cells else []
+        for (row, column), cell in sorted(self.cells.items()):
+            layers = f"blocks {list(cell.skip_layers)} x {cell.skip_scale:g}" if cell.skip_layers else "none"
+            apart = "" if cell.difference is None else f", {cell.difference:.1%} from none"
+            clip = "" if cell.clip is None else f", CLIP {cell.clip:.3f}"
+            lines.append(f"[{row}, {column}] guidance {cell.guidance:g}, skipped: {layers}{apart}{clip}")
+        return "\n".join(lines)
+
+
+def slg_grid(
+    trainer: Trainer, *, layers: Sequence[Any] = ((7, 8, 9),), scales: Sequence[float] = (1.4, 2.8, 5.6), cfgs: Sequence[float] = (4.0,),
+    prompt: str | None = None, **settings: Any,
+) -> SlgGrid:  # fmt: skip
+    """A grid of skip-layer guidance for the adapter as it is now: which blocks, how strong, at which guidance.
+
+    ``layers`` holds one list of blocks, or several. Other settings of validation may be given, such as ``validation_seed``. It does not
+    draw yet: show it for its price, iterate over it to draw. Raises: ConfigError for blocks that the model has not, guidance of 1 or less,
+    or a prompt that the text encoders have not read.
+    """
+    sets = tuple(tuple(found) for found in (layers if layers and not isinstance(layers[0], int) else (layers,)))
+    config = trainer.config.replace(**{"validation_guidance_skip_layers": None, **settings})
+    for found in sets:
+        for cfg in cfgs:
+            trainer.check(config.replace(validation_guidance=float(cfg), validation_guidance_skip_layers=found))
+    shots = [shot for shot in shots_of(config) if prompt is None or shot.prompt == prompt]
+    if not shots:
+        known = "none is set" if not config.prompts else f"there are {', '.join(repr(one.prompt) for one in config.prompts)}"
+        raise ConfigError(
+            [f"prompt {prompt!r} is none of the validation prompts ({known}); trainer.set(validation_prompt=...)"], "slg_grid"
+        )
+    rows = [(found, float(scale)) for found in sets for scale in scales]
+    return SlgGrid(trainer, rows, [float(cfg) for cfg in cfgs], shots[0])
+
+
+def difference(one: Image, other: Image) -> float:
+    """Mean absolute difference of two pictures, 0 to 1."""
+    return float(sum(ImageStat.Stat(ImageChops.difference(one, other)).mean) / 3 / 255)

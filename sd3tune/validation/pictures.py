@@ -1,0 +1,199 @@
+"""Pictures on the disk: each with all that it was drawn from inside it, and together in one grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sd3tune.cache.decoding import cut
+from sd3tune.config.schema import RunConfig
+from sd3tune.data.planning import Plan
+from sd3tune.errors import FileError
+from sd3tune.files import digest, make_folder, write_text, write_with
+from sd3tune.models import components
+from sd3tune.models.encoders import encoders
+from sd3tune.records import ImageRecord
+from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.validation.comfyui import workflow
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.snippet import sample_code
+
+Kind = Literal["base", "adapter", "ema"]
+"""Of the model without the adapter, with it, or with its running average."""
+
+KEY = "sd3tune"
+"""The PNG's text that holds what a picture was drawn from."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a picture comes from besides its shot."""
+
+    config: RunConfig
+    device: str
+    kind: Kind
+    step: int
+    adapter: str = ""
+    """Digest of the adapter's file in the run's ``adapters``; empty for the base model."""
+    model: str = ""
+    """Digest of all that the base model's pictures depend on: weights, encoders and the formats they are computed in."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def source_of(config: RunConfig, device: str, kind: Kind, step: int, adapter: str = "") -> Source:
+    """The source of pictures that are drawn now."""
+    from importlib.metadata import version
+
+    weights = components.transformer_weights(config).stamp
+    m, texts = config.model, encoders(config)
+    settings = (m.base_model_precision, m.modulation_precision, m.base_model_default_dtype, m.mixed_precision, m.vae_dtype)
+    model = digest(
+        weights, texts.text_fingerprint, texts.latent_fingerprint, str(texts.conditioning), *settings, m.attention_mechanism,
+        str(m.vae_enable_tiling),
+    )  # fmt: skip
+    return Source(config, device, kind, step, adapter, model, {name: version(name) for name in ("torch", "diffusers")})
+
+
+def record_of(shot: Shot, source: Source, path: Path | None, problem: str = "") -> ImageRecord:
+    """The record of a picture, or of one that could not be drawn."""
+    return ImageRecord(
+        step=source.step, prompt=shot.prompt, path="" if path is None else str(path), seed=shot.seed, width=shot.width, height=shot.height,
+        guidance=shot.guidance.scale, skip_layers=shot.guidance.skip_layers, name=shot.name, kind=source.kind, problem=problem,
+    )  # fmt: skip
+
+
+def write_problem(path: Path, shot: Shot, source: Source, why: str) -> ImageRecord:
+    """Write what should have been drawn and why it could not be, where the picture would lie. Raises: FileError."""
+    record = record_of(shot, source, None, why)
+    make_folder(path.parent)
+    path.unlink(missing_ok=True)
+    write_text(path.with_suffix(".json"), json.dumps({**record.as_dict(), "shot": shot.as_dict()}, indent=1) + "\n")
+    return record
+
+
+def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[Shot], source: Source) -> ImageRecord:
+    """Write a picture with what it was drawn from inside, and the same beside it as JSON. Raises: FileError.
+
+    A workflow that draws the same in ComfyUI, as nearly as it can, is inside too: drop the picture on ComfyUI's window.
+    """
+    record = record_of(shot, source, path)
+    settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
+    about = {
+        **record.as_dict(), "path": "/".join(path.parts[-3:]), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
+        "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
+        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
+    }  # fmt: skip
+    described, info = json.dumps(about, indent=1, default=str), PngInfo()
+    info.add_text(KEY, described)
+    info.add_text("prompt", json.dumps(workflow(source.config, shot, adapter=source.kind != "base")))
+    make_folder(path.parent)
+    write_with(path, lambda draft: picture.save(draft, "PNG", pnginfo=info))
+    write_text(path.with_suffix(".json"), described + "\n")
+    return record
+
+
+def about(path: Path) -> dict[str, Any]:
+    """What a picture of ours was drawn from. Raises: FileError when it is none, or lost its texts."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return dict(json.loads(opened.info[KEY]))
+    except FileNotFoundError:
+        raise FileError(f"{path}: there is no such picture") from None
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise FileError(
+            f"{path}: holds no settings of sd3tune ({error}); some programs and sites leave them out: use the original from the run folder"
+        ) from None
+
+
+# --- what a run has drawn ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a run folder."""
+
+    path: Path
+    shot: Shot
+    kind: Kind
+    problem: str = ""
+
+
+def drawn(folder: RunFolder, step: int) -> list[Found]:
+    """The pictures of a step, in the order they were drawn; those that cannot be read are not among them."""
+    found = []
+    for path in sorted(folder.images(step).glob("*.json")):
+        try:
+            row = json.loads(path.read_text())
+            found.append(Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def place_of(folder: RunFolder, step: int, kind: Kind, shot: Shot) -> Path:
+    """File of a shot's picture: ``00.png``, for the running average ``00-ema.png``; the base's are those of step 0.
+
+    A shot that was drawn at this step has its file already; of the base model every setting counts, so that rows stay comparable.
+    """
+    there = [found for found in drawn(folder, step) if found.kind == kind]
+    for found in there:
+        if found.shot == shot or (kind != "base" and found.shot.place == shot.place):
+            return found.path
+    return folder.images(step) / f"{len(there):02d}{ENDINGS[kind] if step or kind == 'base' else '-start'}.png"
+
+
+ENDINGS = {"base": "", "adapter": "", "ema": "-ema"}
+
+
+def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int]) -> Grid:
+    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions."""
+    shots = shots_of(config)
+    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
+    rows: list[tuple[str, tuple[Image.Image | str | None, ...]]] = []
+    if base:
+        rows.append(("base model", tuple(_cell(base.get(shot.base)) for shot in shots)))
+    for step in steps:
+        for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
+            there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
+            if there:
+                rows.append((label, tuple(_cell(there.get(shot.place)) for shot in shots)))
+    placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
+    references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
+    if any(references):
+        rows.append(("reference", references))
+    return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
+
+
+def title(shot: Shot, among: Sequence[Shot]) -> str:
+    """What tells a shot from others with the same prompt."""
+    same = [other for other in among if other.prompt == shot.prompt]
+    parts = [shot.prompt or "no prompt"]
+    if len({(other.width, other.height) for other in same}) > 1:
+        parts.append(f"{shot.width}x{shot.height}")
+    if len({other.seed for other in same}) > 1:
+        parts.append(f"seed {shot.seed}")
+    return " ".join(parts)
+
+
+def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> Grid:
+    """The newest pictures drawn after up to ``step`` updates under the base model's, over the real ones."""
+    steps = [step_of(at) for at in picture_folders(folder) if step_of(at) <= step]
+    return grid_of(config, folder, made, steps[-1:])
+
+
+def _cell(found: Found | None) -> Image.Image | str | None:
+    """A picture, or why there is none."""
+    if found is None or found.problem:
+        return None if found is None else found.problem
+    if not found.path.exists():
+        return None
+    with Image.open(found.path) as opened:
+        return opened.convert("RGB")

@@ -18,7 +18,7 @@ import torch
 import sd3tune as st
 from sd3tune import playground
 from sd3tune.errors import ModelError
-from sd3tune.models import components, hub
+from sd3tune.models import clip, components, hub, tiny
 
 SHA = "d" * 40
 REFUSALS = {
@@ -29,7 +29,7 @@ REFUSALS = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves the playground as me/sd3, with files of other tools beside it, and refuses me/<reason>."""
+    """Serves the playground as me/sd3 and its scorer as me/clip, with files of other tools beside them, and refuses me/<reason>."""
 
     asked: ClassVar[list[str]] = []
 
@@ -47,17 +47,19 @@ class Hub(BaseHTTPRequestHandler):
         reason = next((name for name in REFUSALS if f"/me/{name}" in path), None)
         if reason:
             return self.refuse(*REFUSALS[reason])
-        files = {p.relative_to(playground.MODEL).as_posix(): p for p in playground.MODEL.rglob("*") if p.is_file()}
-        if path.startswith("/api/models/me/sd3"):
+        model, root = ("clip", playground.SCORER) if "/me/clip" in path else ("sd3", playground.MODEL)
+        files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
+        if path.startswith(f"/api/models/me/{model}"):
             if "other-revision" in path:
                 return self.refuse(404, "RevisionNotFound", "Invalid rev id: other-revision")
             rows = [
                 {"rfilename": name, "size": p.stat().st_size, "blobId": hashlib.sha1(name.encode()).hexdigest()}
                 for name, p in files.items()
             ]
-            rows.append({"rfilename": "sd3_all_in_one.safetensors", "size": 10**15, "blobId": "0" * 40})
+            strange = {"sd3": "sd3_all_in_one.safetensors", "clip": "pytorch_model.bin"}[model]
+            rows.append({"rfilename": strange, "size": 10**15, "blobId": "0" * 40})
             tree = [{"type": "file", "path": r["rfilename"], "size": r["size"], "oid": r["blobId"]} for r in rows]
-            body = json.dumps(tree if "/tree/" in path else {"id": "me/sd3", "sha": SHA, "siblings": rows}).encode()
+            body = json.dumps(tree if "/tree/" in path else {"id": f"me/{model}", "sha": SHA, "siblings": rows}).encode()
             return self.send(body, whole, {"Content-Type": "application/json"})
         name = path.partition(f"/resolve/{SHA}/")[2]
         if whole:
@@ -163,6 +165,36 @@ def test_no_network_no_room_no_revision(server: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="not in the local cache, and HF_HUB_OFFLINE is set"):
         hub.fetched("me/sd3")
+
+
+def test_a_small_model_is_fetched_once_with_one_kind_of_weights(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorer's safetensors and not the same weights as .bin; a second load asks nobody; the values are the playground's."""
+    loaded, own = clip.Scorer.load("me/clip"), clip.Scorer.load(playground.SCORER)
+    mine = own._model.state_dict()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in loaded._model.state_dict().items())
+    assert sorted(Hub.asked) == sorted(path.name for path in playground.SCORER.iterdir())
+    Hub.asked.clear()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert hub.folder_of("me/clip", weights=clip.WEIGHTS, instead=clip.INSTEAD).is_dir()
+    assert Hub.asked == []
+
+
+def test_a_small_model_that_cannot_be_fetched(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sentences, with what else can be set; of its own room only what is fetched counts."""
+    with pytest.raises(ModelError, match=r"me/gated: it is gated, and there is no token"):
+        clip.Scorer.load("me/gated")
+    with pytest.raises(ModelError, match=r"me/nothing: there is no such model on the hub"):
+        tiny.load_tiny("me/nothing", torch.device("cpu"))
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1000))
+        with pytest.raises(ModelError, match=r"me/clip needs 0\.0 GB and .* free; make room, or set HF_HOME"):
+            clip.Scorer.load("me/clip")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=r"cannot be reached .*, or set pretrained_evaluation_model_name_or_path to a CLIP model"):
+        clip.Scorer.load("me/clip")
+    with pytest.raises(ModelError, match=r"cannot be reached .*, or set validation_preview: false"):
+        tiny.load_tiny("me/clip", torch.device("cpu"))
 
 
 def test_a_folder_of_another_family_is_refused(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
-"""Base models from the Hugging Face hub: what is in the local cache first, then room on the disk, then the download."""
+"""Models from the Hugging Face hub: what is in the local cache first, then room on the disk, then the download."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,9 @@ PATTERNS = ("model_index.json", *(f"{part}/*" for part in PARTS))
 """What is fetched: not the single files for other tools that lie in the same repositories."""
 
 MIRROR = "https://hf-mirror.com"
+
+INSTEAD = "name a folder with pretrained_model_name_or_path"
+"""What else can be done when a base model cannot be fetched."""
 
 
 def is_name(text: str) -> bool:
@@ -58,6 +65,45 @@ def fetched(name: str, *, revision: str | None = None, without: tuple[str, ...] 
         raise ModelError(f"{name}: {explained(error, name)}") from None
 
 
+def folder_of(name: str, *, weights: Sequence[str], instead: str) -> Path:
+    """The folder of a small model: the one named, or fetched from the hub with the first kind of ``weights`` (patterns) that is there.
+
+    ``instead`` is what else can be set. Raises: ModelError that says what is the matter.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_name(name):
+        raise ModelError(f"{Path(name).resolve()}: no such folder; {instead}")
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses
+
+    endpoint, rest = os.environ.get("HF_ENDPOINT") or None, ["*.json", "*.txt"]
+    for kind in weights:
+        with suppress(OSError, errors.HFValidationError):  # not there, or not whole
+            folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=[*rest, kind], endpoint=endpoint))
+            if (folder / "config.json").is_file() and list(folder.glob(kind)):
+                return folder
+    try:
+        files = HfApi(endpoint=endpoint).model_info(name, files_metadata=True).siblings or []
+        kind = next((kind for kind in weights if any(fnmatch(file.rfilename, kind) for file in files)), weights[0])
+        wanted = [*rest, kind]
+        check_room(name, sum(file.size or 0 for file in files if any(fnmatch(file.rfilename, one) for one in wanted)))
+        return Path(snapshot_download(name, allow_patterns=wanted, endpoint=endpoint))
+    except (OSError, HTTPError, errors.HFValidationError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+        raise ModelError(f"{name}: {explained(error, name, instead)}") from None
+
+
+def table(path: Path, instead: str) -> dict[str, Any]:
+    """What a JSON file of a model holds. Raises: ModelError when it is not there, or no table; ``instead`` is what else can be set."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); {instead}") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds no table; {instead}")
+    return found
+
+
 def late_endpoint() -> str:
     """What to say when ``HF_ENDPOINT`` was set after huggingface_hub was imported, which reads it once; the empty text otherwise."""
     from huggingface_hub import constants
@@ -78,19 +124,19 @@ def has_token() -> bool:
     return bool(get_token())
 
 
-def explained(error: BaseException, name: str) -> str:
+def explained(error: BaseException, name: str, instead: str = INSTEAD) -> str:
     """What is the matter with a model of the hub, and what to do; never with a token in it."""
-    return without_secrets(_explained(error, name))
+    return without_secrets(_explained(error, name, instead))
 
 
-def _explained(error: BaseException, name: str) -> str:
+def _explained(error: BaseException, name: str, instead: str) -> str:
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{name}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     text = str(error).lower()
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "it is not in the local cache, and HF_HUB_OFFLINE is set; unset it, or name a folder with pretrained_model_name_or_path"
+        return f"it is not in the local cache, and HF_HUB_OFFLINE is set; unset it, or {instead}"
     if "fine-grained" in text or "token permission" in text or "insufficient permission" in text:
         return (
             "your token has not the scope for it; on https://huggingface.co/settings/tokens let it read public gated repositories, "
@@ -108,10 +154,7 @@ def _explained(error: BaseException, name: str) -> str:
         return "there is no such model on the hub (or it is private, and the token does not open it), and no such folder here"
     if status is not None:
         return f"the hub answers {status}; try again later ({str(error).splitlines()[0]})"
-    return (
-        f"the hub cannot be reached ({type(error).__name__}); check the network, or set HF_ENDPOINT={MIRROR} (a mirror), or name a folder "
-        "with pretrained_model_name_or_path"
-    )
+    return f"the hub cannot be reached ({type(error).__name__}); check the network, or set HF_ENDPOINT={MIRROR} (a mirror), or {instead}"
 
 
 def check_room(name: str, size: int) -> None:

@@ -31,10 +31,13 @@ class Tokens:
 def count_tokens(config: RunConfig, texts: Sequence[str]) -> list[tuple[Tokens, ...]]:
     """For each text what the three encoders see of it. Raises: ModelError when a tokenizer cannot be loaded."""
     pairs = tokenizers(config)
-    return [tuple(_of(name, tokenizer, limit, text) for name, (tokenizer, limit) in zip(TEXT_NAMES, pairs, strict=True)) for text in texts]
+    return [
+        tuple(tokens_of(name, tokenizer, limit, text) for name, (tokenizer, limit) in zip(TEXT_NAMES, pairs, strict=True)) for text in texts
+    ]
 
 
-def _of(name: str, tokenizer: Any, limit: int, text: str) -> Tokens:
+def tokens_of(name: str, tokenizer: Any, limit: int, text: str) -> Tokens:
+    """What an encoder that takes ``limit`` tokens makes of a text."""
     count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
     if count <= limit:
         return Tokens(name, count, limit, "")

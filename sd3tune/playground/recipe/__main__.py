@@ -86,6 +86,7 @@ def make_scorer(shop: Workshop, steps: int) -> None:
     model = scorer.train(torch.cat([shop.noto, shop.fluent]), captions, tokenizer, steps=steps)
     model.save_pretrained(shop.work / "scorer")
     tokenizer.save_pretrained(shop.work / "scorer")
+    (shop.work / "scorer" / "preprocessor_config.json").write_text(json.dumps(scorer.PREPROCESSING, indent=2) + "\n")
 
 
 def ship(shop: Workshop, folder: Path) -> None:

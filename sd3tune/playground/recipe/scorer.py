@@ -16,6 +16,14 @@ from sd3tune.playground.recipe.texts import LENGTH
 
 STYLES = ("noto style", "fluent 3d style")
 
+SIDE = 64
+PREPROCESSING = {
+    "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": SIDE}, "resample": 3,
+    "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+}  # fmt: skip
+"""What it is shown: 64 px in [-1, 1], as in training."""
+
 
 def new_scorer(tokenizer: Any) -> Any:
     """An untrained CLIPModel for 64 px pictures."""
@@ -27,7 +35,7 @@ def new_scorer(tokenizer: Any) -> Any:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     vision = dict(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=8,
+        hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=8,
         hidden_act="gelu", projection_dim=96,
     )  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))

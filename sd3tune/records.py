@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -74,6 +74,20 @@ class EvalRecord(Record):
     """Of how many those are."""
     drifts_by_image: tuple[float, ...] = ()
     """Squared distance from the base model's predictions on the held-out pictures, as shares of the base's mean loss there."""
+    items: tuple[str, ...] = ()
+    """Which pictures the held-out ones are, and (``train_items``) which the training ones."""
+    train_items: tuple[str, ...] = ()
+    base_loss: float | None = None
+    """The base model's loss on the same pictures with the same noise."""
+    relative: float | None = None
+    """The loss as a share of the base model's."""
+    ema_loss: float | None = None
+    """The loss of the running average of the weights, when one is kept."""
+    losses_by_band: tuple[float | None, ...] = ()
+    """Mean loss in equal parts of the noise levels 0 to 1; nothing where no level lies."""
+    base_losses_by_band: tuple[float | None, ...] = ()
+    losses_by_dataset: dict[str, float] = field(default_factory=dict)
+    """Mean loss of each data set's held-out pictures; empty when they are pooled."""
     verdict: str = ""
     """What the evaluations so far say, in a sentence that begins with the word for it; empty when this is the first."""
 

@@ -284,8 +284,7 @@ class Trainer:
         interval, minutes = config.schedule.checkpoint_step_interval, config.schedule.checkpoint_minutes
         if self._saver.keeper.due(step, interval=interval, minutes=minutes):
             yield from self._save()
-        every = config.evaluation.eval_steps_interval
-        if every and step % every == 0 and self.cache.plan.evaluation:
+        if self._judge.evaluation_due(config, step):
             yield from self._evaluated()
         every = config.validation.validation_steps
         if every and step % every == 0 and config.prompts:

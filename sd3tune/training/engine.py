@@ -212,9 +212,10 @@ class Engine:
         )  # fmt: skip
 
     @contextmanager
-    def judged(self) -> Iterator[None]:
-        """The weights that are to be judged, for the duration of the block or until the next update; then those that train, bit by bit."""
-        better = averaged(self._optimizer, self.weights)
+    def judged(self, *, ema: bool = False) -> Iterator[None]:
+        """The weights that are to be judged (their running average), for the duration of the block or until the next update; then those
+        that train, bit by bit."""
+        better = self.ema if ema else averaged(self._optimizer, self.weights)
         swapped = bool(better) and not self._aside
         if swapped:
             self._aside = {name: weight.detach().clone() for name, weight in self.weights.items()}

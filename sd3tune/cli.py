@@ -169,7 +169,8 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
             if isinstance(record, NoticeRecord) and record.step:
                 tqdm.write(f"step {record.step}: {record.text}")
             elif isinstance(record, EvalRecord):
-                tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}")
+                beside = "" if record.relative is None else f", {record.relative:.1%} of the base model's"
+                tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}{beside}")
                 if record.verdict:
                     tqdm.write(f"step {record.step}: {record.verdict}")
             elif isinstance(record, CheckpointRecord):

@@ -35,6 +35,9 @@ class Manifest(Shown):
     images_found: int
     images_used: int
     images_held_out: int
+    """Never trained on."""
+    images_judged: int
+    """Those of them that the evaluation loss is measured on."""
     refused: tuple[tuple[str, str], ...]
     captions_found: int
     captions_empty: int
@@ -75,8 +78,8 @@ class Manifest(Shown):
         cut = f", {len(self.captions_truncated)} truncated" if self.captions_truncated else ", none truncated"
         lines = [
             self.sentence,
-            f"images    {self.images_found} found, {self.images_used} to train on, {self.images_held_out} held out, "
-            f"{len(self.refused)} refused",
+            f"images    {self.images_found} found, {self.images_used} to train on, {self.images_held_out} held out "
+            f"({self.images_judged} of them judged), {len(self.refused)} refused",
             f"captions  {self.captions_found} found, {self.captions_empty} empty{cut}",
             *(f'          "{caption}"' for caption in self.first_captions),
             *([f"texts     {self.texts}"] if self.texts else []),
@@ -228,7 +231,8 @@ def describe(
         updates=plan.steps,
         images_found=len(catalog.items) + len(catalog.problems),
         images_used=len({p.item.path for p in plan.train}),
-        images_held_out=len(plan.evaluation),
+        images_held_out=plan.held_out,
+        images_judged=len(plan.evaluation),
         refused=tuple((str(p.path), p.reason) for p in plan.problems),
         captions_found=len(captions),
         captions_empty=len(catalog.missing_captions),

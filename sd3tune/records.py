@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -74,6 +74,20 @@ class EvalRecord(Record):
     """Of how many those are."""
     drifts_by_image: tuple[float, ...] = ()
     """Squared distance from the base model's predictions on the held-out pictures, as shares of the base's mean loss there."""
+    items: tuple[str, ...] = ()
+    """Which pictures the held-out ones are, and (``train_items``) which the training ones."""
+    train_items: tuple[str, ...] = ()
+    base_loss: float | None = None
+    """The base model's loss on the same pictures with the same noise."""
+    relative: float | None = None
+    """The loss as a share of the base model's."""
+    ema_loss: float | None = None
+    """The loss of the running average of the weights, when one is kept."""
+    losses_by_band: tuple[float | None, ...] = ()
+    """Mean loss in equal parts of the noise levels 0 to 1; nothing where no level lies."""
+    base_losses_by_band: tuple[float | None, ...] = ()
+    losses_by_dataset: dict[str, float] = field(default_factory=dict)
+    """Mean loss of each data set's held-out pictures; empty when they are pooled."""
     verdict: str = ""
     """What the evaluations so far say, in a sentence that begins with the word for it; empty when this is the first."""
 
@@ -130,6 +144,27 @@ class ImageRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreRecord(Record):
+    """How well the pictures of a step follow their prompts: CLIP's cosine, 0 to 1. It says nothing of how good they look."""
+
+    type: ClassVar[str] = "clip"
+    kind: str
+    """Whose pictures: ``base``, ``adapter`` or ``ema``."""
+    mean: float
+    min: float
+    max: float
+    std: float
+    scores: tuple[float, ...]
+    names: tuple[str, ...]
+    base: float | None = None
+    """Mean of the base model's pictures of the same prompts."""
+    reference: float | None = None
+    """Mean of real pictures with their captions: those of data sets to evaluate on."""
+    truncated: int = 0
+    """Prompts of which the scorer sees only the beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord(Record):
     """A checkpoint (or the final adapter) is on disk and has been read back."""
 
@@ -177,7 +212,8 @@ class SegmentRecord(Record):
 KINDS: dict[str, type[Record]] = {
     kind.type: kind
     for kind in (
-        CacheRecord, StepRecord, EvalRecord, PreviewRecord, ImageRecord, CheckpointRecord, CommandRecord, NoticeRecord, WaitRecord,
+        CacheRecord, StepRecord, EvalRecord, PreviewRecord, ImageRecord, ScoreRecord, CheckpointRecord,
+        CommandRecord, NoticeRecord, WaitRecord,
         SegmentRecord,
     )
 }  # fmt: skip

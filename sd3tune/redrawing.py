@@ -73,7 +73,8 @@ def adapter_of(folder: RunFolder, mark: str) -> Path | None:
 def verdict(picture: Path, again: Image.Image, facts: dict[str, Any], device: str, versions: Any) -> str:
     """Whether two pictures are the same, and what else is not as it was."""
     with Image.open(picture) as opened:
-        most = max(high for _, high in ImageChops.difference(opened.convert("RGB"), again).getextrema())
+        bands = ImageChops.difference(opened.convert("RGB"), again).split()
+    most = max(int(band.getextrema()[1]) for band in bands)  # type: ignore[arg-type]
     if not most:
         return f"{picture.name}: drawn again, and the same, bit for bit"
     changed = [f"{name} {then} then, {versions.get(name)} now" for name, then in facts["versions"].items() if versions.get(name) != then]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import ImageChops, ImageStat
 
 from sd3tune.errors import ConfigError, TrainingError
-from sd3tune.progress import duration
 from sd3tune.records import NoticeRecord, PreviewRecord, Record
+from sd3tune.shown import duration
 from sd3tune.trainer import Trainer
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Drawn, Failed, Said, Step

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import plan_digest, write_adapter
@@ -34,6 +34,9 @@ from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event
 from sd3tune.validation.shots import Shot
 from sd3tune.validation.verdict import judged
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 R = TypeVar("R", bound=Record)
 
@@ -286,11 +289,9 @@ class Trainer:
         interval, minutes = config.schedule.checkpoint_step_interval, config.schedule.checkpoint_minutes
         if self._saver.keeper.due(step, interval=interval, minutes=minutes):
             yield from self._save()
-        every = config.evaluation.eval_steps_interval
-        if every and step % every == 0 and self.cache.plan.evaluation:
+        if self._judge.evaluation_due(config, step):
             yield from self._evaluated()
-        every = config.validation.validation_steps
-        if every and step % every == 0 and config.prompts:
+        if self._judge.drawing_due(config, step):
             yield from self.validation()
 
     def _evaluated(self) -> Iterator[Record]:
@@ -450,6 +451,10 @@ class Trainer:
     def painted(self, shots: Sequence[Shot]) -> Iterator[Event]:
         """Draw shots with the adapter as it is, into no folder and no history."""
         return self._judge.painted(self.config, shots)
+
+    def score(self, picture: Image, prompt: str) -> float | None:
+        """How well a picture follows its prompt, 0 to 1; nothing unless ``evaluation_type`` is clip. Raises: ModelError."""
+        return self._judge.score(self.config, picture, prompt)
 
     def check(self, config: RunConfig) -> None:
         """Raises: ConfigError for settings of validation that this model or machine cannot do."""

@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "validation_num_inference_steps": 28, "validation_steps": 100, "validation_seed": None, "validation_shift": 3.0,
     "validation_guidance_skip_layers": None, "validation_guidance_skip_layers_start": 0.01, "validation_guidance_skip_layers_stop": 0.2,
     "validation_guidance_skip_scale": 2.8, "num_eval_images": 4, "eval_timesteps": 28, "eval_loss_disable": False, "cache_dir": "cache",
+    "eval_epoch_interval": None, "eval_dataset_pooling": False, "eval_dataset_id": None,
     "report_to": "none", "tracker_project_name": None, "tracker_run_name": None, "webhook_config": None, "push_to_hub": False,
     "push_checkpoints_to_hub": False, "hub_model_id": None, "model_card_private": True,
 }  # fmt: skip

@@ -495,4 +495,4 @@ def test_texts_and_steps_of_a_plan(tmp_path: Path) -> None:
     assert plan.texts == ("", "blurred", "held 0", "held 1", "pot 0", "pot 1")
     assert plan.steps == 2, "3 epochs of 2 batches are 6 forward passes, and an update takes 4"
     assert st3.plan(catalog, config.replace(eval_loss_disable=True)).evaluation == ()
-    assert "held out: 2 images; texts to encode: 6" in str(plan)
+    assert "held out: 3 images, 2 of them judged (num_eval_images); texts to encode: 6" in str(plan)

@@ -273,7 +273,7 @@ def test_the_card_says_what_it_is(finished: RunFolder) -> None:
     assert "Trained with rank 16 and alpha 32" in body
     assert "`max_sequence_length=16`" in body
     assert "2 updates of 2 x 1 images" in body
-    assert "12 images to learn from, 0 held out" in body
+    assert "12 images to learn from, 4 held out" in body
     assert f"```python\n{sample_code(st.RunConfig.load(finished.config), finished.path.name)}```" in body
     assert str(finished.path.parent.parent) not in text
     assert "learning_rate: 0.02" in body

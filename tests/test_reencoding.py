@@ -70,7 +70,8 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "validation_shift": (1.0, NONE, NONE), "validation_guidance_skip_layers": ((1,), NONE, NONE),
     "validation_guidance_skip_layers_start": (0.1, NONE, NONE), "validation_guidance_skip_layers_stop": (0.5, NONE, NONE),
     "validation_guidance_skip_scale": (1.0, NONE, NONE), "eval_steps_interval": (5, NONE, NONE), "num_eval_images": (1, NONE, NONE),
-    "eval_timesteps": (2, NONE, NONE), "eval_loss_disable": (True, NONE, NONE), "output_dir": ("elsewhere", NONE, NONE),
+    "eval_timesteps": (2, NONE, NONE), "eval_loss_disable": (True, NONE, NONE), "eval_epoch_interval": (0.5, NONE, NONE),
+    "eval_dataset_pooling": (True, NONE, NONE), "eval_dataset_id": (None, NONE, NONE), "output_dir": ("elsewhere", NONE, NONE),
     "cache_dir": ("other cache", NONE, NONE), "num_processes": (2, NONE, NONE), "report_to": ("all", NONE, NONE),
     "tracker_project_name": ("pots", NONE, NONE),
     "tracker_run_name": ("first", NONE, NONE), "push_to_hub": (True, NONE, NONE), "push_checkpoints_to_hub": (False, NONE, NONE),
@@ -84,7 +85,7 @@ HUB: dict[str, Any] = {"type": "huggingface", "dataset_name": "hub", "caption_st
 CUT: dict[str, Any] = {"crop": True, "crop_aspect": "square"}
 KEYS: dict[str, tuple[dict[str, Any], Any, str, str]] = {
     "id": ({}, "renamed", NONE, NONE), "instance_data_dir": ({}, "more", SOME, SOME), "type": (HUB, "huggingface", NONE, NONE),
-    "dataset_type": ({}, "image", NONE, NONE), "disabled": ({}, False, NONE, NONE), "resolution": ({}, 96, ALL, NONE),
+    "dataset_type": ({}, "image", NONE, NONE), "eval_share": ({}, 0.5, NONE, NONE), "disabled": ({}, False, NONE, NONE), "resolution": ({}, 96, ALL, NONE),
     "resolution_type": ({}, "pixel", SOME, NONE), "crop": ({"crop_aspect": "square"}, True, SOME, NONE),
     "crop_aspect": ({"crop": True, "crop_aspect_buckets": [0.6, 1.67]}, "closest", ALL, NONE),
     "crop_aspect_buckets": ({"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, [1.0, 1.67], SOME, NONE),

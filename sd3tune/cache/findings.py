@@ -34,7 +34,7 @@ def _alike(items: Mapping[str, Item], looks: Mapping[str, Mapping[str, Any]]) ->
         one, two = items[paths[first]], items[paths[second]]
         if one.pixels == two.pixels:
             continue  # said already, when they were found
-        held = {one.dataset.dataset_type, two.dataset.dataset_type} == {"image", "eval"}
+        held = one.held_out != two.held_out
         yield Problem(
             two.path, f"looks like {one.path.name} ({bits} of 64 bits differ)" + (", and one of them is held out" if held else "")
         )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from sd3tune.data import captions, faces, images, masks, overlay, sources
+from sd3tune.data import captions, faces, holding, images, masks, overlay, sources
 from sd3tune.data.datasets import Dataset
 from sd3tune.data.entries import read_datasets
 from sd3tune.data.masks import Mask
@@ -33,12 +33,19 @@ class Item:
     found: Found | None = dataclasses.field(default=None, repr=False, compare=False)
     mask: Mask | None = None
     """Which of its pixels count in the loss; all of them, if left out."""
+    chosen: bool = False
+    """Whether it is in the ``eval_share`` of a data set to train on."""
 
     @cached_property
     def id(self) -> str:
         """Identity of the pair, 16 hexadecimal digits; of the place and the captions while the picture was not read yet."""
         mask = () if self.mask is None else (f"{self.mask.kind} {self.mask.pixels}",)
         return digest(self.pixels or str(self.path), *mask, *self.captions)[:16]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is for evaluation and never trained on."""
+        return self.chosen or self.dataset.dataset_type == "eval"
 
     @property
     def mask_pixels(self) -> str:
@@ -108,13 +115,13 @@ def from_datasets(
         if dataset.dataset_type == "conditioning":
             continue
         found = _of_dataset(dataset, (edited or {}).get(dataset.id, {}))
-        items += [one for one in found if isinstance(one, Item)]
+        items += holding.chosen([one for one in found if isinstance(one, Item)], dataset.eval_share)
         problems += [one for one in found if isinstance(one, Problem)]
     same = identities(items)
     items, shared, doubles = _apart(items, same)
-    if not any(item.dataset.dataset_type == "image" for item in items):
+    if all(item.held_out for item in items):
         raise DataError("there is nothing to train on: no enabled data set has dataset_type: image" + _listed(shared))
-    if all(item.dataset.is_regularisation_data for item in items if item.dataset.dataset_type == "image"):
+    if all(item.dataset.is_regularisation_data for item in items if not item.held_out):
         raise DataError("there is nothing to learn: every data set to train on has is_regularisation_data: true")
     items = masks.attached(items, entries)
     missing = tuple(item.path for item in items if not item.captions)
@@ -166,11 +173,11 @@ def _edges(path: Path, length: int = 1 << 16) -> str:
 
 def _apart(items: list[Item], same: list[str]) -> tuple[list[Item], list[Problem], list[str]]:
     """The items without those to train on whose very bytes are also held out, those as problems, and sentences on doubles."""
-    held = {name: item for item, name in zip(items, same, strict=True) if item.dataset.dataset_type == "eval"}
+    held = {name: item for item, name in zip(items, same, strict=True) if item.held_out}
     kept, shared, said = list[Item](), list[Problem](), list[str]()
     first: dict[tuple[str, str], Item] = {}
     for item, name in zip(items, same, strict=True):
-        if item.dataset.dataset_type == "image" and name in held:
+        if not item.held_out and name in held:
             other = held[name]
             shared.append(Problem(item.path, f"is also held out, in data set {other.dataset.id!r} as {other.path.name}; not trained on"))
             continue
@@ -222,7 +229,7 @@ def _looked_at(
             reason = unsuitable(dataset, width, height)
             if not reason and finder and focus is None:
                 focus = finder(file.path)
-            if not reason and dataset.drawn_by_content and not pixels:
+            if not reason and dataset.read_at_once and not pixels:
                 ((_, pixels, reason),) = digests([file.path])
         except images.BROKEN as error:
             yield Problem(file.path, f"not a readable picture ({error})")

@@ -57,6 +57,9 @@ class Dataset:
     dataset_type: Annotated[
         Literal["image", "eval", "conditioning"], about("To train on, held out, or (conditioning) masks for the pictures of other entries.")
     ] = "image"
+    eval_share: Annotated[
+        float, about("Share of these pictures to hold out for the evaluation loss; which ones follows from their bytes.", low=0, high=0.9)
+    ] = 0.0
     conditioning_type: Annotated[
         Literal["mask", "segmentation"] | None,
         about(
@@ -140,6 +143,11 @@ class Dataset:
         return self.crop and (self.crop_style == "random" or self.crop_aspect == "random")
 
     @property
+    def read_at_once(self) -> bool:
+        """Whether the pictures' bytes decide something before anything is encoded."""
+        return self.drawn_by_content or self.eval_share > 0
+
+    @property
     def always(self) -> bool:
         """Whether it is seen from the first update to the last."""
         return (self.start_step, self.end_step, self.start_epoch, self.end_epoch) == (0, None, 1, None)
@@ -179,6 +187,8 @@ def _of_masks(d: Dataset) -> list[str]:
         problems.append("conditioning_data and mask_from_alpha both say where masks come from; set one")
     if d.is_regularisation_data and d.dataset_type == "eval":
         problems.append("is_regularisation_data is for pictures to train on, not for dataset_type eval")
+    if d.eval_share and (d.dataset_type != "image" or d.is_regularisation_data):
+        problems.append("eval_share is for pictures to learn from (dataset_type image, no regularisation); remove it here")
     return problems
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.data import wording
+from sd3tune.data import holding, wording
 from sd3tune.data.buckets import Bucket, Placement, place
 from sd3tune.data.catalog import Catalog, Problem
 from sd3tune.data.datasets import Dataset
@@ -95,6 +95,11 @@ class Plan(Shown):
         return appearances(self.phases, self.steps * self.accumulation)
 
     @property
+    def held_out(self) -> int:
+        """Pictures that are never trained on; ``evaluation`` are those of them that are judged."""
+        return sum(item.held_out for item in self.catalog.items)
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything that is left out, and why."""
         return (*self.catalog.problems, *self.left_out)
@@ -154,13 +159,12 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
         placed = place(item, config.data.aspect_bucket_alignment)
         if isinstance(placed, Problem):
             left_out.append(placed)
-        elif item.dataset.dataset_type == "eval":
+        elif item.held_out:
             evaluation.append(placed[0])
         else:
             train += placed
-    evaluation = [] if config.evaluation.eval_loss_disable else evaluation[: config.evaluation.num_eval_images]
     made = Plan(
-        train=tuple(train), evaluation=tuple(evaluation), texts=(), catalog=catalog,
+        train=tuple(train), evaluation=holding.judged(evaluation, config.evaluation, catalog.items), texts=(), catalog=catalog,
         batch_size=config.data.train_batch_size, accumulation=config.data.gradient_accumulation_steps, steps=0,
         cache_dir=config.run.cache_dir, vae_batch_size=config.data.vae_batch_size, text_batch_size=config.data.text_encoder_batch_size,
         write_batch_size=config.data.write_batch_size, processes=config.run.num_processes or 1, left_out=tuple(left_out),

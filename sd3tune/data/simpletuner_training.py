@@ -1,4 +1,4 @@
-"""What SimpleTuner means by its settings of noise levels, rollouts, optimizer, clipping and reporting, where ours need other words."""
+"""What SimpleTuner means by its settings of noise, rollouts, optimizer, clipping, evaluation and reporting, where ours need other words."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
     _noise(made, notes)
     _rollout(made, notes)
     _optimizer(made, notes)
+    _evaluation(made, notes)
     _reporting(made, notes)
     unset = [name for name in CLIPPING if name not in made]
     for name in unset:
@@ -146,6 +147,20 @@ def _optimizer(made: dict[str, Any], notes: Notes) -> None:
         except ValueError as error:
             made.pop("optimizer_config")
             notes["optimizer_config"] = ("no counterpart", str(error))
+
+
+def _evaluation(made: dict[str, Any], notes: Notes) -> None:
+    """There ``num_eval_images`` counts batches."""
+    intervals = ("eval_steps_interval", "eval_epoch_interval")
+    for name in intervals:
+        if name in made and not made[name]:
+            notes[name] = ("not needed", f"{made.pop(name)!r} means that it is not set")
+    batches, size = made.get("num_eval_images", 4), made.get("train_batch_size", 1)
+    counts = isinstance(batches, int) and isinstance(size, int) and size > 1
+    if counts and ("num_eval_images" in made or any(name in made for name in intervals)):
+        made["num_eval_images"] = batches * size
+        said = f"{batches} batches of {size} there; here it counts the pictures of each data set, {batches * size}"
+        notes["num_eval_images"] = ("taken over", said)
 
 
 def _reporting(made: dict[str, Any], notes: Notes) -> None:

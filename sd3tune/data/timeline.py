@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from sd3tune.data.datasets import Dataset
@@ -51,6 +52,18 @@ def start_of_epoch(found: Sequence[Phase], epoch: int) -> int:
     """The first batch of an epoch."""
     phase = next(phase for phase in reversed(found) if phase.epoch <= epoch)
     return phase.start + (epoch - phase.epoch) * phase.length
+
+
+def epochs_done(found: Sequence[Phase], batches: int) -> Fraction:
+    """Epochs that are over after so many batches, exactly; one that is cut short by a new stretch is over with it."""
+    phase = phase_of(found, batches)
+    return phase.epoch - 1 + Fraction(batches - phase.start, phase.length or 1) * bool(phase.length)
+
+
+def passes(found: Sequence[Phase], before: int, after: int, share: float) -> bool:
+    """Whether a whole multiple of ``share`` epochs is reached by the batches after ``before``, up to ``after``. 0.1 is a tenth here."""
+    each = Fraction(repr(share))
+    return epochs_done(found, after) // each > epochs_done(found, before) // each
 
 
 def appearances(found: Sequence[Phase], batches: int) -> dict[str, tuple[int, int]]:

@@ -51,7 +51,7 @@ def describe(plan: Plan) -> str:
     sets = {d.id: d for d in plan.catalog.datasets}
     lines = [
         sentence(plan, None),
-        f"held out: {len(plan.evaluation)} images; texts to encode: {len(plan.texts)}",
+        f"held out: {held_out(plan)}; texts to encode: {len(plan.texts)}",
         f"{'data set':16} {'size':10} images  seen per epoch  in the run  batches  cut away  enlarged",
     ]
     for (name, bucket), rows in plan.groups.items():
@@ -66,7 +66,7 @@ def describe(plan: Plan) -> str:
             f"{'to ' + format(enlarged, '.0%') if enlarged > 1 else 'no':>8}"
         )
     lines += _windows(plan)
-    lines += [said for dataset in plan.catalog.datasets for said in _purpose(dataset)]
+    lines += [said for dataset in plan.catalog.datasets for said in _purpose(plan, dataset)]
     lines += [f"note: {text}" for text in (*plan.catalog.notes, *advice(plan))]
     lines += [f"left out: {p.path}: {p.reason}" for p in plan.problems]
     if plan.warnings is None:
@@ -75,10 +75,20 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _purpose(dataset: Dataset) -> list[str]:
+def held_out(plan: Plan) -> str:
+    """How many pictures are never trained on, and how many of them are judged."""
+    judged = len(plan.evaluation)
+    said = f", {judged} of them judged (num_eval_images)" if judged else ", none of them judged"
+    return f"{plan.held_out} images" + said * (judged < plan.held_out)
+
+
+def _purpose(plan: Plan, dataset: Dataset) -> list[str]:
     """What is special about how a data set counts."""
     where = "their alpha channels" if dataset.mask_from_alpha else dataset.conditioning_data
     said = [f"{dataset.id}: counted by masks from {where}; their mean share is in the manifest"] if where else []
+    if dataset.eval_share:
+        held = [item.held_out for item in plan.catalog.items if item.dataset == dataset]
+        said.append(f"{dataset.id}: {sum(held)} of its {len(held)} pictures are held out (eval_share {dataset.eval_share:g})")
     if dataset.is_regularisation_data:
         said.append(f"{dataset.id}: regularisation; the target is what the base model predicts, so one more forward pass for each batch")
     return said

@@ -107,7 +107,10 @@ class Events:
             yield self._picture(record)
         elif isinstance(record, EvalRecord):
             title = f"Loss on held-out pictures {record.loss:.4f} at step {record.step}"
-            yield Event(type="training.validation", title=title, data={"step": record.step, "loss": record.loss, "images": record.images})
+            data = {"step": record.step, "loss": record.loss, "images": record.images, "losses_by_dataset": record.losses_by_dataset}
+            data |= {"relative": record.relative, "ema_loss": record.ema_loss}
+            found = {name: value for name, value in data.items() if value not in (None, "", {})}
+            yield Event(type="training.validation", title=title, body=record.verdict, data=found)
         elif isinstance(record, CheckpointRecord):
             yield from self._saved(record)
         elif isinstance(record, FailureRecord):

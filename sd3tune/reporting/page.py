@@ -61,6 +61,7 @@ def page(folder: RunFolder) -> str:
     parts = [
         f"<h1>{name}</h1><p>{escape(summary(folder, config, history))}</p>",
         _curves(history),
+        _section("Held-out pictures", _judged([row for row in history if row["type"] == "eval"])),
         _pictures(folder),
         _section("What happened", _happened(history)),
         _section("Settings", _settings(config)),
@@ -106,6 +107,26 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     if evals:
         drawn.append(charts.held_out(evals))
     return _section("Loss", f'<div class="two">{"".join(f"<div>{one}</div>" for one in drawn)}</div>')
+
+
+def _judged(evals: Sequence[Mapping[str, Any]]) -> str:
+    """The newest evaluation beside the base model, by data set and by noise level."""
+    newest = evals[-1] if evals else {}
+    if not newest.get("base_loss"):
+        return ""
+    rows = [(f"step {newest['step']}", _beside(newest["loss"], newest["base_loss"]))]
+    if newest["ema_loss"] is not None:
+        rows.append(("running average of the weights", _beside(newest["ema_loss"], newest["base_loss"])))
+    rows += [(f"data set {escape(name)}", f"{loss:.4f}") for name, loss in newest["losses_by_dataset"].items()]
+    bands = newest["losses_by_band"]
+    for number, (loss, base) in enumerate(zip(bands, newest["base_losses_by_band"], strict=True)):
+        if loss is not None:
+            rows.append((f"noise {number / len(bands):g} to {(number + 1) / len(bands):g}", _beside(loss, base)))
+    return _table(rows)
+
+
+def _beside(loss: float, base: float) -> str:
+    return f"{loss:.4f}, {loss / base:.1%} of the base model's {base:.4f}" if base else f"{loss:.4f}"
 
 
 def _pictures(folder: RunFolder) -> str:

@@ -148,7 +148,9 @@ class Tracker:
 def numbers_of(record: Record) -> dict[str, float]:
     """A record's numbers under the names that trainers use."""
     if isinstance(record, EvalRecord):
-        return {"loss/val": record.loss}
+        others = {"loss/val_ema": record.ema_loss, "loss/val_relative": record.relative}
+        each = {f"loss/val/{name}": loss for name, loss in record.losses_by_dataset.items()}
+        return {"loss/val": record.loss, **each, **{name: value for name, value in others.items() if value is not None}}
     if not isinstance(record, StepRecord):
         return {}
     found = {

@@ -138,6 +138,12 @@ def drawn(folder: RunFolder, step: int) -> list[Found]:
     return found
 
 
+def of_shots(folder: RunFolder, step: int, kind: Kind, shots: Sequence[Shot]) -> list[Found]:
+    """The pictures of some shots that were drawn at a step."""
+    there = {found.shot: found for found in drawn(folder, step) if found.kind == kind and found.path.exists() and not found.problem}
+    return [there[shot] for shot in shots if shot in there]
+
+
 def place_of(folder: RunFolder, step: int, kind: Kind, shot: Shot) -> Path:
     """File of a shot's picture: ``00.png``, for the running average ``00-ema.png``; the base's are those of step 0.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -11,13 +11,29 @@ from sd3tune.config.declaring import MANY, STRICT, about
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluation:
-    """The loss on held-out pictures (data sets of ``dataset_type: eval``)."""
+    """The loss on held-out pictures: data sets of ``dataset_type: eval``, and an ``eval_share`` of others."""
 
     eval_steps_interval: Annotated[
         int, about("Updates between evaluations; 0 at the start and the end only.", low=0, high=MANY, unit="updates", live=True)
     ] = 0
-    num_eval_images: Annotated[int, about("Held-out pictures that are used.", low=1, high=MANY, unit="images")] = 4
+    eval_epoch_interval: Annotated[
+        float | None,
+        about(
+            "Epochs between evaluations, such as 0.5; beside eval_steps_interval or alone.", low=0.001, high=MANY, unit="epochs", live=True
+        ),
+    ] = None
+    num_eval_images: Annotated[
+        int, about("Held-out pictures of each data set that are judged, the first ones by name.", low=1, high=MANY, unit="images")
+    ] = 4
     eval_timesteps: Annotated[int, about("Fixed noise levels at which each picture is judged.", low=1, high=1000)] = 28
+    eval_dataset_pooling: Annotated[bool, about("Report all held-out data sets as one number, and not each by itself as well.")] = False
+    eval_dataset_id: Annotated[str | None, about("The one data set whose held-out pictures are judged; all of them when left out.")] = None
+    evaluation_type: Annotated[
+        Literal["none", "clip"], about("Also score how well the pictures that are drawn follow their prompts, by CLIP.", live=True)
+    ] = "none"
+    pretrained_evaluation_model_name_or_path: Annotated[
+        str, about("The CLIP model that scores: a folder or owner/name on the hub. The playground has its own in place of the default.")
+    ] = "openai/clip-vit-large-patch14-336"
     eval_loss_disable: Annotated[bool, about("Leave the evaluation loss out.")] = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,9 @@ from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import Rows, by_image, evaluation_levels, evaluation_loss, losses_of, mean
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event
-from sd3tune.validation.pictures import Kind, newest_grid, of_shots, source_of
+from sd3tune.validation.pictures import Kind, newest_grid, of_shots, place_of, source_of
 from sd3tune.validation.scoring import Scoring
-from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.shots import Shot, by_strength, shots_of
 from sd3tune.validation.validator import base_rows, draw, painting
 
 if TYPE_CHECKING:
@@ -118,12 +119,13 @@ class Judge:
             with painting(config, self._transformer, self._cache.text, self._device) as painter:
                 if wanted:
                     with self._evaluating("base"):
-                        yield from draw(painter, wanted, source, folder)
+                        yield from draw(painter, wanted, source, partial(place_of, folder, 0, "base"))
                 for kind in self._kinds(config) if changed else ():
                     source = source_of(config, device, kind, step, folder.keep_adapter(self._weights(kind)))
-                    for strength in dict.fromkeys(shot.strength for shot in shots):
+                    place = partial(place_of, folder, step, kind)
+                    for strength, alike in by_strength(shots):
                         with self._evaluating(kind, strength):
-                            yield from draw(painter, [shot for shot in shots if shot.strength == strength], source, folder)
+                            yield from draw(painter, alike, source, place)
         folder.drop_adapters()
         self.grid(config, folder).save(folder.grid)
         if config.evaluation.evaluation_type == "clip":
@@ -149,9 +151,9 @@ class Judge:
     def painted(self, config: RunConfig, shots: Sequence[Shot]) -> Iterator[Event]:
         """Draw shots with the adapter as it is, into no folder."""
         with painting(config, self._transformer, self._cache.text, self._device) as painter:
-            for strength in dict.fromkeys(shot.strength for shot in shots):
+            for strength, alike in by_strength(shots):
                 with self._evaluating("adapter", strength):
-                    yield from painter.draw([shot for shot in shots if shot.strength == strength])
+                    yield from painter.draw(alike)
 
     def _kinds(self, config: RunConfig) -> tuple[Kind, ...]:
         """Whose pictures are drawn beside the base model's."""

@@ -27,7 +27,7 @@ from sd3tune.records import ImageRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import source_of
-from sd3tune.validation.shots import shots_of
+from sd3tune.validation.shots import Shot, by_strength, shots_of
 from sd3tune.validation.validator import draw, painting
 
 if TYPE_CHECKING:
@@ -83,13 +83,18 @@ def drawing(
     chosen = chosen.replace(**{**own, "validation_disable": False, "validation_disable_unconditional": True, **settings})
     device = components.pick_device()
     texts = texts_of(chosen)
-    folder = RunFolder(Path(out).absolute())
     with loaded(chosen, adapter, device) as (transformer, network), painting(chosen, transformer, texts.text, device) as painter:
-        shots = shots_of(chosen)
-        for strength in dict.fromkeys(shot.strength for shot in shots):
+        source = source_of(chosen, str(device), "adapter", 0, file_digest(adapter))
+        for strength, alike in by_strength(shots_of(chosen)):
             with at_strength(transformer, network, strength):
-                source = source_of(chosen, str(device), "adapter", 0, file_digest(adapter))
-                yield from draw(painter, [shot for shot in shots if shot.strength == strength], source, folder)
+                yield from draw(painter, alike, source, lambda shot: new_file(Path(out).absolute(), shot))
+
+
+def new_file(folder: Path, shot: Shot) -> Path:
+    """A file for a picture that is not there yet: number, and the beginning of its prompt."""
+    numbers = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]-*.json")]
+    words = re.sub(r"[^a-z0-9]+", "-", shot.prompt.lower()).strip("-")[:40].strip("-")
+    return folder / f"{max(numbers, default=-1) + 1:04d}-{words or 'picture'}.png"
 
 
 def weights_file(path: Path) -> Path:

@@ -70,6 +70,13 @@ SETTINGS: dict[str, tuple[Any, str, str]] = {
     "validation_shift": (1.0, NONE, NONE), "validation_guidance_skip_layers": ((1,), NONE, NONE),
     "validation_guidance_skip_layers_start": (0.1, NONE, NONE), "validation_guidance_skip_layers_stop": (0.5, NONE, NONE),
     "validation_guidance_skip_scale": (1.0, NONE, NONE), "eval_steps_interval": (5, NONE, NONE), "num_eval_images": (1, NONE, NONE),
+    "evaluation_type": ("clip", NONE, NONE), "pretrained_evaluation_model_name_or_path": ("other", NONE, NONE),
+    "attention_mechanism": ("native-math", NONE, NONE), "validation_prompt_library": (True, NONE, SOME),
+    "user_prompt_library": ({"a": "another text"}, NONE, SOME), "validation_disable_unconditional": (False, NONE, NONE),
+    "validation_noise_scheduler": ("unipc", NONE, NONE), "num_validation_images": (2, NONE, NONE),
+    "validation_epoch_interval": (0.5, NONE, NONE), "validation_on_startup": (False, NONE, NONE), "validation_disable": (True, NONE, NONE),
+    "validation_adapter_strength": (0.5, NONE, NONE), "ema_validation": ("none", NONE, NONE), "validation_batch_size": (2, NONE, NONE),
+    "validation_preview": (True, NONE, NONE), "validation_preview_steps": (5, NONE, NONE),
     "eval_timesteps": (2, NONE, NONE), "eval_loss_disable": (True, NONE, NONE), "eval_epoch_interval": (0.5, NONE, NONE),
     "eval_dataset_pooling": (True, NONE, NONE), "eval_dataset_id": (None, NONE, NONE), "output_dir": ("elsewhere", NONE, NONE),
     "cache_dir": ("other cache", NONE, NONE), "num_processes": (2, NONE, NONE), "report_to": ("all", NONE, NONE),
@@ -85,7 +92,8 @@ HUB: dict[str, Any] = {"type": "huggingface", "dataset_name": "hub", "caption_st
 CUT: dict[str, Any] = {"crop": True, "crop_aspect": "square"}
 KEYS: dict[str, tuple[dict[str, Any], Any, str, str]] = {
     "id": ({}, "renamed", NONE, NONE), "instance_data_dir": ({}, "more", SOME, SOME), "type": (HUB, "huggingface", NONE, NONE),
-    "dataset_type": ({}, "image", NONE, NONE), "eval_share": ({}, 0.5, NONE, NONE), "disabled": ({}, False, NONE, NONE), "resolution": ({}, 96, ALL, NONE),
+    "dataset_type": ({}, "image", NONE, NONE), "eval_share": ({}, 0.5, NONE, NONE), "disabled": ({}, False, NONE, NONE),
+    "resolution": ({}, 96, ALL, NONE),
     "resolution_type": ({}, "pixel", SOME, NONE), "crop": ({"crop_aspect": "square"}, True, SOME, NONE),
     "crop_aspect": ({"crop": True, "crop_aspect_buckets": [0.6, 1.67]}, "closest", ALL, NONE),
     "crop_aspect_buckets": ({"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, [1.0, 1.67], SOME, NONE),

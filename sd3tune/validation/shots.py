@@ -84,6 +84,12 @@ def _shot(config: RunConfig, prompt: Prompt, size: tuple[int, int], number: int)
     )  # fmt: skip
 
 
+def by_strength(shots: Sequence[Shot]) -> Iterator[tuple[float, list[Shot]]]:
+    """The shots of each share of the adapter's change."""
+    for strength in dict.fromkeys(shot.strength for shot in shots):
+        yield strength, [shot for shot in shots if shot.strength == strength]
+
+
 def together(shots: Sequence[Shot], most: int | None = None) -> Iterator[tuple[Shot, ...]]:
     """Shots that the sampler can draw in one batch, in the order of their first: alike in all but texts and seed."""
     alike: dict[tuple[Any, ...], list[Shot]] = {}

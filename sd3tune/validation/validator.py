@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def painting(config: RunConfig, transformer: Any, text: Callable[[str], Text], d
     )  # fmt: skip
 
 
-def draw(painter: Painter, shots: Sequence[Shot], source: Source, folder: RunFolder) -> Iterator[Record]:
-    """Draw shots into the run folder; one record per sampler step and per picture."""
+def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callable[[Shot], Path]) -> Iterator[Record]:
+    """Draw shots into the files that ``place`` names; one record per sampler step and per picture."""
     for event in painter.draw(shots, source.config.validation.validation_batch_size):
         if isinstance(event, Step):
             yield PreviewRecord(
@@ -42,12 +43,12 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, folder: RunFol
                 count=len(event.batch), prompts=tuple(shot.prompt for shot in event.batch), previews=event.previews,
             )  # fmt: skip
         elif isinstance(event, Drawn):
-            path = place_of(folder, source.step, source.kind, event.shot)
+            path = place(event.shot)
             yield write_picture(path, event.picture, event.shot, event.batch, source)
             if source.kind == "base":
                 keep(path, event.shot, source)
         elif isinstance(event, Failed):
-            yield write_problem(place_of(folder, source.step, source.kind, event.shot), event.shot, source, event.why)
+            yield write_problem(place(event.shot), event.shot, source, event.why)
         else:
             yield NoticeRecord(step=source.step, text=event.text)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sd3tune.probing import lr_probe
     from sd3tune.records import StepRecord
     from sd3tune.replaying import replay
+    from sd3tune.sampling import sample
+    from sd3tune.slg import slg_grid
     from sd3tune.trainer import Trainer
     from sd3tune.training.batches import Batches
 
@@ -42,14 +44,14 @@ _HOMES = {
     "doctor": "checkup", "download_dataset": "data.download",
     "free": "models.freeing", "from_simpletuner": "data.simpletuner", "launch": "launching", "lr_probe": "probing",
     "presets": "config.presets", "replay": "replaying",
-    "runs": "listing",
+    "runs": "listing", "sample": "sampling", "slg_grid": "slg",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "launch", "lr_probe", "plan", "presets", "replay", "runs",
+    "encoders", "free", "from_simpletuner", "launch", "lr_probe", "plan", "presets", "replay", "runs", "sample", "slg_grid",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The verbs about runs that are there: list them, write one as a page, upload its adapter."""
+"""The verbs about runs that are there: list them, draw with them, do one again, write one as a page, upload its adapter."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sd3tune as st
-from sd3tune.errors import CheckpointError
+from sd3tune.errors import CheckpointError, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from sd3tune.run_folder import RunFolder
 
 
 def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
-    """``runs``, ``report`` and ``push`` with what may be written after them."""
+    """``runs``, ``sample``, ``replay``, ``report`` and ``push`` with what may be written after them."""
     verb("runs", _runs, "list the runs of a folder").add_argument("folder", nargs="?", default="runs")
+    drawn = verb("sample", _sample, "draw prompts with an adapter: a run folder, one of its checkpoints, or a LoRA file")
+    drawn.add_argument("file", help="a run folder, a checkpoint's folder, or a .safetensors file of any layout")
+    drawn.add_argument("prompt", nargs="+")
+    drawn.add_argument("--out", default="samples", metavar="FOLDER", help="where the pictures go (%(default)s); nothing is overwritten")
+    drawn.add_argument("--config", help="the YAML file that names the model, for a file that lies in no run folder")
+    drawn.add_argument("--strength", type=float, help="how much of the adapter's change (1)")
+    drawn.add_argument("--slg", metavar="LAYERS", help="skip-layer guidance on these blocks, such as 7,8,9")
+    drawn.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
+    again = verb("replay", _replay, "do a run again and compare the adapter, or draw one of its pictures again and compare")
+    again.add_argument("path", help="a run folder, or a picture in one")
     verb("report", _report, "write a run as one page that needs no network").add_argument("run", help="a run folder")
     pushed = verb("push", _push, "upload a finished run's adapter to the Hugging Face hub, with a model card")
     pushed.add_argument("run", help="a run folder")
@@ -25,6 +35,43 @@ def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
 
 def _runs(options: argparse.Namespace) -> None:
     print(st.runs(Path(options.folder)))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from sd3tune.config.reading import parse_setting
+    from sd3tune.records import ImageRecord
+    from sd3tune.sampling import drawing
+
+    settings: dict[str, Any] = dict(map(parse_setting, options.set))
+    if options.strength is not None:
+        settings["validation_adapter_strength"] = options.strength
+    if options.slg is not None:
+        settings["validation_guidance_skip_layers"] = _layers(options.slg)
+    config = st.RunConfig.load(options.config) if options.config else None
+    failed = 0
+    for record in drawing(options.file, options.prompt, out=options.out, config=config, **settings):
+        if isinstance(record, ImageRecord):
+            failed += bool(record.problem)
+            print(f"{record.prompt!r}: {record.problem or record.path}", flush=True)
+    if failed:
+        raise TrainingError(f"{failed} of the pictures could not be drawn")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("[]() ").split(","))
+    except ValueError:
+        raise ConfigError([f"--slg {text!r}: write the numbers of blocks with commas, such as 7,8,9"], "sd3tune sample") from None
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from sd3tune.records import ImageRecord, NoticeRecord
+
+    for record in st.replay(options.path):
+        if isinstance(record, ImageRecord):
+            print(f"drawn again: {record.path}")
+        elif isinstance(record, NoticeRecord):
+            print(record.text)
 
 
 def _report(options: argparse.Namespace) -> None:

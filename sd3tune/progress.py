@@ -89,7 +89,8 @@ class Line:
             found = (("loss", record.loss), ("regularisation", record.regularisation_loss))
             self.detail = ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None)
         elif isinstance(record, PreviewRecord):
-            self.detail = f'drawing "{record.prompt}" {record.sampler_step}/{record.sampler_steps}'
+            others = f" and {record.count - 1} more" if record.count > 1 else ""
+            self.detail = f'drawing "{record.prompt}"{others} {record.sampler_step}/{record.sampler_steps}'
         elif isinstance(record, EvalRecord):
             self.detail, self._verdict = f"held-out loss {record.loss:.4f}", record.verdict
         else:

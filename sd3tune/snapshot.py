@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord
+from sd3tune.records import (
+    CheckpointRecord,
+    CommandRecord,
+    EvalRecord,
+    ImageRecord,
+    NoticeRecord,
+    PreviewRecord,
+    Record,
+    ScoreRecord,
+    StepRecord,
+)
 
 if TYPE_CHECKING:
     from sd3tune.config import RunConfig
@@ -57,6 +67,8 @@ class Snapshot:
     config: RunConfig | None = None
     noise_levels: tuple[int, ...] = ()
     """How many of those drawn lie in each tenth of 0 to 1."""
+    previews: tuple[bytes, ...] = ()
+    """Pictures that are being drawn, as JPEG files, while previews are asked for."""
     points: list[tuple[int, float]] | tuple[()] = ()
     count: int = 0
 
@@ -91,7 +103,14 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         pace = record.seconds if known is None else 0.9 * known + 0.1 * record.seconds
         return {"step": record.step, "learning_rate": record.learning_rate, "seconds_per_update": pace, "message": ""}, ""
     if isinstance(record, PreviewRecord):
-        return {"message": f"drawing {record.prompt!r}, sampler step {record.sampler_step} of {record.sampler_steps}"}, ""
+        others = f" and {record.count - 1} more" if record.count > 1 else ""
+        said = f"drawing {record.prompt!r}{others}, sampler step {record.sampler_step} of {record.sampler_steps}"
+        return {"message": said, **({"previews": record.previews} if record.previews else {})}, ""
+    if isinstance(record, ImageRecord):
+        said = f"the picture of {record.prompt!r} could not be drawn: {record.problem}" if record.problem else ""
+        return {"previews": ()}, said
+    if isinstance(record, ScoreRecord):
+        return {}, said_of(record)
     if isinstance(record, EvalRecord):
         said = f"loss on held-out pictures {record.loss:.4g}" + f"; {record.verdict}" * bool(record.verdict)
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said
@@ -100,6 +119,15 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     if isinstance(record, CommandRecord):
         return {}, f"{record.name}: not done: {record.refused}" if record.refused else ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""
+
+
+def said_of(record: ScoreRecord) -> str:
+    """A score in words, beside what it may be compared with."""
+    beside = [f"base model {record.base:.3f}"] if record.base is not None and record.kind != "base" else []
+    beside += [f"real pictures {record.reference:.3f}"] if record.reference is not None else []
+    cut = f"; of {record.truncated} prompts CLIP sees only the beginning" if record.truncated else ""
+    error = record.std / max(1, len(record.scores) - 1) ** 0.5
+    return f"CLIP score {record.mean:.3f} +- {error:.3f}" + (f" ({', '.join(beside)})" if beside else "") + cut
 
 
 def small_png(picture: Any) -> bytes:

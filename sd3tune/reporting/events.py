@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
+
+from PIL import Image
 
 from sd3tune.config.hooks import LEVELS
 from sd3tune.config.schema import RunConfig
@@ -20,6 +23,7 @@ from sd3tune.records import (
     NoticeRecord,
     PreviewRecord,
     Record,
+    ScoreRecord,
     SegmentRecord,
     StepRecord,
 )
@@ -46,6 +50,8 @@ class Event:
     data: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     picture: Path | None = None
+    previews: tuple[bytes, ...] = ()
+    """JPEG files."""
 
     def payload(self, job: str, prefix: str) -> dict[str, Any]:
         """The event as it is sent; the picture as PNG in base64. Raises: OSError when it is gone."""
@@ -55,9 +61,17 @@ class Event:
             "job_id": job, "timestamp": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
         }  # fmt: skip
         found |= {name: value for name, value in (("body", self.body), ("data", self.data), ("stage", self.stage)) if value}
-        if self.picture is not None:
-            found["images"] = [base64.b64encode(self.picture.read_bytes()).decode()]
+        pictures = [self.picture.read_bytes()] if self.picture is not None else [as_png(preview) for preview in self.previews]
+        if pictures:
+            found["images"] = [base64.b64encode(picture).decode() for picture in pictures]
         return found
+
+
+def as_png(jpeg: bytes) -> bytes:
+    """The same picture as a PNG file."""
+    with io.BytesIO() as file, Image.open(io.BytesIO(jpeg)) as opened:
+        opened.save(file, "PNG")
+        return file.getvalue()
 
 
 def stage(key: str, label: str, status: str, done: tuple[int, int] | None = None, severity: str = "info") -> Event:
@@ -71,7 +85,7 @@ def stage(key: str, label: str, status: str, done: tuple[int, int] | None = None
 def severity_of(record: Record) -> str:
     """How important what a record has to say is."""
     if isinstance(record, PreviewRecord):
-        return "debug"
+        return "info" if record.previews else "debug"
     return "error" if isinstance(record, FailureRecord) else "info"
 
 
@@ -101,10 +115,16 @@ class Events:
         """What a record has to say."""
         if isinstance(record, StepRecord):
             yield self._status(record)
+        elif isinstance(record, PreviewRecord) and record.previews:
+            yield self._preview(record)
         elif isinstance(record, PreviewRecord):
             yield stage("validation", "Validation", "running", (record.sampler_step, record.sampler_steps), "debug")
         elif isinstance(record, ImageRecord):
             yield self._picture(record)
+        elif isinstance(record, ScoreRecord):
+            title = f"CLIP score {record.mean:.3f} at step {record.step}"
+            numbers = {"clip/mean": record.mean, "clip/min": record.min, "clip/max": record.max, "clip/std": record.std}
+            yield Event(type="training.validation", title=title, data={"step": record.step, "kind": record.kind, **numbers})
         elif isinstance(record, EvalRecord):
             title = f"Loss on held-out pictures {record.loss:.4f} at step {record.step}"
             data = {"step": record.step, "loss": record.loss, "images": record.images, "losses_by_dataset": record.losses_by_dataset}
@@ -136,10 +156,21 @@ class Events:
         loss = "" if record.loss is None else f", loss {record.loss:.4f}"
         return Event(type="training.status", title=f"Step {record.step}/{self._total}{loss}", data=data)
 
+    def _preview(self, record: PreviewRecord) -> Event:
+        data = {
+            "step": record.step, "prompt": record.prompt, "prompts": list(record.prompts), "validation_type": "intermediary",
+            "sampler_step": record.sampler_step, "step_label": f"{record.sampler_step}/{record.sampler_steps}",
+        }  # fmt: skip
+        title = f"Preview {data['step_label']} at step {record.step}"
+        return Event(type="validation.image", title=title, body=record.prompt, data=data, previews=record.previews)
+
     def _picture(self, record: ImageRecord) -> Event:
+        if record.problem:
+            text = f"the picture of {record.prompt!r} could not be drawn: {self._clean(record.problem)}"
+            return Event(type="notification", title=f"Step {record.step}", body=text, severity="warning")
         data = {
             "step": record.step, "prompt": record.prompt, "resolution": f"{record.width}x{record.height}", "seed": record.seed,
-            "validation_type": "checkpoint" if record.step else "base", "path": self._place(record.path),
+            "validation_type": "base" if record.kind == "base" else "ema" if record.kind == "ema" else "checkpoint", "path": self._place(record.path),
         }  # fmt: skip
         title = f"Validation picture at step {record.step}"
         return Event(type="validation.image", title=title, body=record.prompt, data=data, picture=Path(record.path))

@@ -152,7 +152,7 @@ def thinned(found: Sequence[Path], most: int) -> list[Path]:
 
 def _figure(path: Path) -> str:
     facts = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").exists() else {}
-    text = str(facts.get("prompt", path.name))
+    text = f"{facts.get('prompt', path.name)}{' (average)' if facts.get('kind') == 'ema' else ''}"
     return f"<figure>{_image(path, SIDE, text)}<figcaption>{escape(text)}</figcaption></figure>"
 
 

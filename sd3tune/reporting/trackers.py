@@ -16,7 +16,7 @@ from PIL import Image
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
 from sd3tune.files import write_text
-from sd3tune.records import EvalRecord, ImageRecord, Record, SegmentRecord, StepRecord
+from sd3tune.records import EvalRecord, ImageRecord, Record, ScoreRecord, SegmentRecord, StepRecord
 from sd3tune.reporting.cleaning import shareable
 from sd3tune.run_folder import RunFolder
 
@@ -79,7 +79,7 @@ class Tracker:
 
     def wants(self, record: Record) -> bool:
         """Numbers, pictures, and where the run goes on."""
-        return isinstance(record, (StepRecord, EvalRecord, ImageRecord, SegmentRecord))
+        return isinstance(record, (StepRecord, EvalRecord, ImageRecord, ScoreRecord, SegmentRecord))
 
     def send(self, record: Record) -> None:
         """Show a record; one that goes back in time hides what it replaces, where the tracker can."""
@@ -88,6 +88,8 @@ class Tracker:
                 self.finish()
             return
         self._start(record.step)
+        if isinstance(record, ImageRecord) and record.problem:
+            return
         if isinstance(record, ImageRecord):
             self._show(record)
         else:
@@ -124,7 +126,8 @@ class Tracker:
     def _show(self, record: ImageRecord) -> None:
         import numpy as np
 
-        name = f"validation/{record.prompt[:60]} {record.width}x{record.height}"
+        ending = " (average)" if record.kind == "ema" else ""
+        name = f"validation/{record.prompt[:60]} {record.width}x{record.height} {record.seed}{ending}"
         with Image.open(record.path) as opened:
             picture_HWC = np.asarray(opened.convert("RGB"))
         if self.name == "tensorboard":
@@ -151,6 +154,9 @@ def numbers_of(record: Record) -> dict[str, float]:
         others = {"loss/val_ema": record.ema_loss, "loss/val_relative": record.relative}
         each = {f"loss/val/{name}": loss for name, loss in record.losses_by_dataset.items()}
         return {"loss/val": record.loss, **each, **{name: value for name, value in others.items() if value is not None}}
+    if isinstance(record, ScoreRecord):
+        ending = "_ema" if record.kind == "ema" else ""
+        return {f"clip/{name}{ending}": getattr(record, name) for name in ("mean", "min", "max", "std")}
     if not isinstance(record, StepRecord):
         return {}
     found = {

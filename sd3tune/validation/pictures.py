@@ -86,7 +86,7 @@ def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[
     record = record_of(shot, source, path)
     settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
     about = {
-        **record.as_dict(), "path": "/".join(path.parts[-3:]), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
+        **record.as_dict(), "path": "/".join(path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
         "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
     }  # fmt: skip

@@ -85,8 +85,8 @@ HUB: dict[str, Any] = {"type": "huggingface", "dataset_name": "hub", "caption_st
 CUT: dict[str, Any] = {"crop": True, "crop_aspect": "square"}
 KEYS: dict[str, tuple[dict[str, Any], Any, str, str]] = {
     "id": ({}, "renamed", NONE, NONE), "instance_data_dir": ({}, "more", SOME, SOME), "type": (HUB, "huggingface", NONE, NONE),
-    "dataset_type": ({}, "image", NONE, NONE), "eval_share": ({}, 0.5, NONE, NONE), "disabled": ({}, False, NONE, NONE), "resolution": ({}, 96, ALL, NONE),
-    "resolution_type": ({}, "pixel", SOME, NONE), "crop": ({"crop_aspect": "square"}, True, SOME, NONE),
+    "dataset_type": ({}, "image", NONE, NONE), "eval_share": ({}, 0.5, NONE, NONE), "disabled": ({}, False, NONE, NONE),
+    "resolution": ({}, 96, ALL, NONE), "resolution_type": ({}, "pixel", SOME, NONE), "crop": ({"crop_aspect": "square"}, True, SOME, NONE),
     "crop_aspect": ({"crop": True, "crop_aspect_buckets": [0.6, 1.67]}, "closest", ALL, NONE),
     "crop_aspect_buckets": ({"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, [1.0, 1.67], SOME, NONE),
     "crop_style": (CUT, "corner", SOME, NONE), "crop_variants": ({**CUT, "crop_style": "random"}, 3, SOME, NONE),

@@ -133,10 +133,12 @@ class Board(Shown):
         for colour, chosen in (("#8fa3bf", False), ("#c2410c", True)):
             there = [(x, y) for row, x, y in points if bool(self.remarks(row)) == chosen]
             axes.scatter([x for x, _ in there], [y for _, y in there], s=28, color=colour, alpha=0.8, linewidth=0)
+        values = [value for _, x, y in points for value in (x, y)]
         for row, x, y in points:
             if self.remarks(row):
-                axes.annotate(self.name(row)[-28:], (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        values = [value for _, x, y in points for value in (x, y)]
+                left = x > (min(values) + max(values)) / 2
+                at, align = ((-6, 4), "right") if left else ((6, 4), "left")
+                axes.annotate(self.name(row)[-28:], (x, y), xytext=at, ha=align, textcoords="offset points", fontsize=8)
         if values:
             low, high = min(values), max(values)
             axes.plot([low, high], [low, high], color="#94a3b8", linewidth=0.8, linestyle="--", zorder=0)

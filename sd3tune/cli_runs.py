@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The verbs about runs that are there: list them, draw with them, do one again, write one as a page, upload its adapter."""
+=======
+"""The verbs about runs that are there: list them, write one as a page, say what its pictures were to it, upload its adapter."""
+>>>>>>> w-eval
 
 from __future__ import annotations
 
@@ -15,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
+<<<<<<< HEAD
     """``runs``, ``sample``, ``replay``, ``report`` and ``push`` with what may be written after them."""
+=======
+    """``runs``, ``report``, ``board`` and ``push`` with what may be written after them."""
+>>>>>>> w-eval
     verb("runs", _runs, "list the runs of a folder").add_argument("folder", nargs="?", default="runs")
     drawn = verb("sample", _sample, "draw prompts with an adapter: a run folder, one of its checkpoints, or a LoRA file")
     drawn.add_argument("file", help="a run folder, a checkpoint's folder, or a .safetensors file of any layout")
@@ -28,6 +36,9 @@ def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     again = verb("replay", _replay, "do a run again and compare the adapter, or draw one of its pictures again and compare")
     again.add_argument("path", help="a run folder, or a picture in one")
     verb("report", _report, "write a run as one page that needs no network").add_argument("run", help="a run folder")
+    learned = verb("board", _board, "say of each training picture how often it was seen, and whether it was learned")
+    learned.add_argument("run", help="a run folder")
+    learned.add_argument("--chart", metavar="FILE", help="also draw it, as a PNG file")
     pushed = verb("push", _push, "upload a finished run's adapter to the Hugging Face hub, with a model card")
     pushed.add_argument("run", help="a run folder")
     pushed.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting, such as hub_model_id=me/pots")
@@ -78,6 +89,18 @@ def _report(options: argparse.Namespace) -> None:
     from sd3tune.reporting.page import write_report
 
     print(write_report(_run_of(options.run)))
+
+
+def _board(options: argparse.Namespace) -> None:
+    from sd3tune.files import write_with
+    from sd3tune.validation.board import board
+
+    found = board(options.run)
+    print(found)
+    if options.chart:
+        path = Path(options.chart).absolute()
+        write_with(path, lambda draft: found.chart().savefig(draft, format="png", dpi=110))
+        print(f"chart: {path}")
 
 
 def _push(options: argparse.Namespace) -> None:

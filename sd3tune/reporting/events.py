@@ -170,7 +170,7 @@ class Events:
             return Event(type="notification", title=f"Step {record.step}", body=text, severity="warning")
         data = {
             "step": record.step, "prompt": record.prompt, "resolution": f"{record.width}x{record.height}", "seed": record.seed,
-            "validation_type": "base" if record.kind == "base" else "ema" if record.kind == "ema" else "checkpoint", "path": self._place(record.path),
+            "validation_type": {"adapter": "checkpoint"}.get(record.kind, record.kind), "path": self._place(record.path),
         }  # fmt: skip
         title = f"Validation picture at step {record.step}"
         return Event(type="validation.image", title=title, body=record.prompt, data=data, picture=Path(record.path))

@@ -84,9 +84,10 @@ def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[
     A workflow that draws the same in ComfyUI, as nearly as it can, is inside too: drop the picture on ComfyUI's window.
     """
     record = record_of(shot, source, path)
+    place = path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]  # nothing of where a person keeps it
     settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
     about = {
-        **record.as_dict(), "path": "/".join(path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
+        **record.as_dict(), "path": "/".join(place), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
         "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
     }  # fmt: skip

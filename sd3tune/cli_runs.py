@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The verbs about runs that are there: list them, draw with them, do one again, write one as a page, upload its adapter."""
-=======
-"""The verbs about runs that are there: list them, write one as a page, say what its pictures were to it, upload its adapter."""
->>>>>>> w-eval
+"""The verbs about runs that are there: list them, draw with them, do one again, write one as a page, say what its pictures were to it, upload it."""
 
 from __future__ import annotations
 
@@ -19,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
-<<<<<<< HEAD
-    """``runs``, ``sample``, ``replay``, ``report`` and ``push`` with what may be written after them."""
-=======
-    """``runs``, ``report``, ``board`` and ``push`` with what may be written after them."""
->>>>>>> w-eval
+    """``runs``, ``sample``, ``replay``, ``report``, ``board`` and ``push`` with what may be written after them."""
     verb("runs", _runs, "list the runs of a folder").add_argument("folder", nargs="?", default="runs")
     drawn = verb("sample", _sample, "draw prompts with an adapter: a run folder, one of its checkpoints, or a LoRA file")
     drawn.add_argument("file", help="a run folder, a checkpoint's folder, or a .safetensors file of any layout")

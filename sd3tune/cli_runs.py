@@ -1,4 +1,4 @@
-"""The verbs about runs that are there: list them, draw with them, do one again, write one as a page, say what its pictures were to it, upload it."""
+"""The verbs about runs that are there: list, draw with, do again, show and upload them, and choose among their checkpoints."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -29,29 +30,40 @@ def stock_texts(stock: Any, prompt: str) -> tuple[Text, Text]:
 
 
 CASES = [
-    (1.0, (), 64, 64), (4.0, (), 64, 64), (4.0, (7, 8, 9), 64, 64), (3.0, (), 80, 48), (5.5, (0, 11), 48, 80),
+    ("euler", 1.0, (), 64, 64), ("euler", 4.0, (), 64, 64), ("euler", 4.0, (7, 8, 9), 64, 64), ("euler", 5.5, (0, 11), 48, 80),
+    ("unipc", 1.0, (), 64, 64), ("unipc", 4.0, (7, 8, 9), 80, 48), ("dpm", 4.0, (7, 8, 9), 64, 64), ("heun", 4.0, (7, 8, 9), 64, 64),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("scale", "layers", "width", "height"), CASES)
-def test_sampler_equals_stock_pipeline_bit_for_bit(stock: Any, scale: float, layers: tuple[int, ...], width: int, height: int) -> None:
-    """Same embeddings, same seed: the same latent to the last bit, with and without guidance and skip-layer guidance."""
-    positive, negative = stock_texts(stock, "lock")
-    common = {"num_inference_steps": 8, "guidance_scale": scale, "width": width, "height": height, "output_type": "latent"}
-    expected = stock(
-        prompt_embeds=positive.joint_LD[None], pooled_prompt_embeds=positive.pooled_P[None], negative_prompt_embeds=negative.joint_LD[None],
-        negative_pooled_prompt_embeds=negative.pooled_P[None], generator=torch.Generator().manual_seed(3),
-        skip_guidance_layers=list(layers) or None, skip_layer_guidance_stop=0.6, **common,
-    ).images  # fmt: skip
-    noise = start_noise((16, height // 8, width // 8), [3], torch.float32)
+@pytest.mark.parametrize(("solver", "scale", "layers", "width", "height"), CASES)
+def test_sampler_equals_stock_pipeline_bit_for_bit(
+    stock: Any, solver: str, scale: float, layers: tuple[int, ...], width: int, height: int
+) -> None:
+    """Same embeddings, same seeds: the same latents to the last bit, two prompts at once, with and without (skip-layer) guidance."""
+    texts = [stock_texts(stock, prompt) for prompt in ("lock", "cat face")]
+    positives, negatives = [positive for positive, _ in texts], [negative for _, negative in texts]
+    name, shift, options = components.SOLVERS[solver]
+    before = stock.scheduler
+    stock.scheduler = getattr(diffusers, name).from_config(before.config, **{shift: 3.0}, **options)
+    try:
+        expected = stock(
+            prompt_embeds=torch.stack([t.joint_LD for t in positives]), pooled_prompt_embeds=torch.stack([t.pooled_P for t in positives]),
+            negative_prompt_embeds=torch.stack([t.joint_LD for t in negatives]),
+            negative_pooled_prompt_embeds=torch.stack([t.pooled_P for t in negatives]),
+            generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)], skip_guidance_layers=list(layers) or None,
+            skip_layer_guidance_stop=0.6, num_inference_steps=8, guidance_scale=scale, width=width, height=height, output_type="latent",
+        ).images  # fmt: skip
+    finally:
+        stock.scheduler = before
+    noise = start_noise((16, height // 8, width // 8), [3, 4], torch.float32)
     guidance = Guidance(scale, layers, skip_stop=0.6)
     walk = sample(
-        stock.transformer, stock.scheduler, positives=[positive], negatives=[negative], noise_BCHW=noise, steps=8, guidance=guidance
-    )
+        stock.transformer, components.load_scheduler(st.presets.playground(), solver, 3.0), positives=positives, negatives=negatives,
+        noise_BCHW=noise, steps=8, guidance=guidance,
+    )  # fmt: skip
     walked = list(walk)
-    steps, got = [step for step, _ in walked], walked[-1][1]
-    assert steps == list(range(1, 9))
-    assert torch.equal(got, expected)
+    assert [step for step, _ in walked] == list(range(1, 16 if solver == "heun" else 9))
+    assert torch.equal(walked[-1][1], expected)
     if layers:
         assert guidance.active_steps(8) == (1, 2, 3, 4)
 

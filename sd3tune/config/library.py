@@ -33,8 +33,8 @@ class Prompt:
     """How much of the adapter's change."""
 
 
-MEGAPIXELS = 128
-"""Below this, a size without an x is in millions of pixels."""
+MEGAPIXELS = 16
+"""Below this, a size without an x is in millions of pixels: no picture is so small."""
 
 
 def parse_size(text: str) -> tuple[int, int]:

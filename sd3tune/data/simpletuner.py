@@ -214,7 +214,7 @@ def settings_of(given: dict[str, Any], where: str, masks: Collection[str] = ()) 
     if "max_train_steps" in flat and "num_train_epochs" in flat:
         flat.pop("num_train_epochs")
         said["num_train_epochs"] = Line("", "num_train_epochs", "not needed", "max_train_steps decides")
-    flat, notes = settled(flat, masks)
+    flat, notes = settled(flat, masks, Path(where).parent)
     refused = values_refused(flat)
     for name, problem in refused.items():
         value = flat.pop(name)

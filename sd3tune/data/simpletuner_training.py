@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Literal
 
 from sd3tune.config.hooks import as_given, hook_problems
+from sd3tune.config.library import problems
 from sd3tune.config.optimizers import OPTIMIZERS, options_of
+from sd3tune.config.reading import read_yaml
 from sd3tune.config.rules import REPOSITORY
+from sd3tune.errors import ConfigError
 
 OPTIMIZER_NAMES = {
     "torch-adamw": "adamw", "optimi-stableadamw": "stableadamw", "optimi-lion": "lion", "torch-adafactor": "adafactor",
@@ -27,13 +31,21 @@ CLIPPING = {"grad_clip_method": "value", "max_grad_norm": 2.0}
 SAMPLER_STEPS = 28
 """Steps of the sampler that our rollouts count in."""
 
+SOLVERS = {
+    "flow_matching": "euler", "flow_match_euler": "euler", "flow_match_heun": "heun", "flow_unipc": "unipc", "dpm++": "dpm",
+}  # fmt: skip
+"""Their names of samplers -> ours."""
+
 Fate = Literal["taken over", "renamed", "already the default", "not needed", "no counterpart", "was silently ignored there"]
 Notes = dict[str, tuple[Fate, str]]
 """Setting -> what became of it and why."""
 
 
-def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str, Any], Notes]:
-    """Their settings as ours mean the same, and a note for each one that is not simply taken over. ``masks``: kinds in the data sets."""
+def settled(flat: dict[str, Any], masks: Collection[str] = (), beside: Path = Path()) -> tuple[dict[str, Any], Notes]:
+    """Their settings as ours mean the same, and a note for each one that is not simply taken over.
+
+    ``masks`` are the kinds in the data sets, ``beside`` the folder of their file.
+    """
     made, notes = dict(flat), Notes()
     if masks:
         _masks(made, notes, masks)
@@ -42,6 +54,7 @@ def settled(flat: dict[str, Any], masks: Collection[str] = ()) -> tuple[dict[str
     _rollout(made, notes)
     _optimizer(made, notes)
     _evaluation(made, notes)
+    _pictures(made, notes, beside)
     _reporting(made, notes)
     unset = [name for name in CLIPPING if name not in made]
     for name in unset:
@@ -161,6 +174,30 @@ def _evaluation(made: dict[str, Any], notes: Notes) -> None:
         made["num_eval_images"] = batches * size
         said = f"{batches} batches of {size} there; here it counts the pictures of each data set, {batches * size}"
         notes["num_eval_images"] = ("taken over", said)
+
+
+def _pictures(made: dict[str, Any], notes: Notes, beside: Path) -> None:
+    """Prompts of a library come along; the sampler and attention have other names."""
+    if isinstance(named := made.get("user_prompt_library"), str):
+        file = next((p for p in (Path(named), beside / named, beside / Path(named).name) if p.is_file()), None)
+        try:
+            found = None if file is None else read_yaml(file)
+        except ConfigError as error:
+            found, file = None, None
+            notes["user_prompt_library"] = ("no counterpart", "; ".join(error.problems))
+        if found is None or problems(found):
+            made.pop("user_prompt_library")
+            why = f"{named}: " + ("there is no such file" if file is None else "; ".join(problems(found)))
+            notes.setdefault("user_prompt_library", ("no counterpart", why))
+        else:
+            made["user_prompt_library"] = found
+            notes["user_prompt_library"] = ("taken over", f"{len(found)} prompts of {file}; the settings hold them now")
+    solver = made.get("validation_noise_scheduler")
+    if isinstance(solver, str) and solver in SOLVERS:
+        made["validation_noise_scheduler"] = SOLVERS[solver]
+    if made.get("attention_mechanism") in ("diffusers", "native"):
+        made["attention_mechanism"] = "auto"
+        notes["attention_mechanism"] = ("taken over", "auto: torch's own, as there")
 
 
 def _reporting(made: dict[str, Any], notes: Notes) -> None:

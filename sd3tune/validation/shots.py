@@ -33,7 +33,7 @@ class Shot:
     @property
     def place(self) -> tuple[str, str, int, int, int]:
         """What stays the same of a picture while settings of the sampler change: a column of the grid."""
-        return self.prompt, self.negative, self.width, self.height, self.seed
+        return self.name, self.prompt, self.width, self.height, self.seed
 
     @property
     def base(self) -> Shot:

@@ -32,7 +32,7 @@ class Validation:
         bool, about("Leave out the picture of no prompt; false draws one with each size.", live=True)
     ] = True
     validation_resolution: Annotated[
-        str, about('Sizes of the pictures: "1280x768", "1024" (px), or below 128 megapixels ("0.5"); several with commas.', live=True)
+        str, about('Sizes of the pictures: "1280x768", "1024" (px), or below 16 megapixels ("0.5"); several with commas.', live=True)
     ] = "1024x1024"
     validation_guidance: Annotated[float, about("Classifier-free guidance scale; 1 is none.", low=0, high=30, live=True)] = 3.0
     validation_num_inference_steps: Annotated[int, about("Steps of the sampler.", low=1, high=1000, live=True)] = 28

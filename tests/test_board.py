@@ -85,6 +85,12 @@ def test_what_is_repeated_five_times_dominates() -> None:
     assert "10 pictures, seen 40 to 200 times; dominates: p07 (36% of all updates" in found.sentence
 
 
+def test_what_has_much_of_the_loss_dominates() -> None:
+    """Seen as often as the others, with five times their loss; after three times it was seen that may be chance, and nothing is said."""
+    assert remarks(board_of(history(hard={"p04": 5.0}))) == {"p04": ["dominates", "hard"]}
+    assert "dominates" not in remarks(board_of(history(hard={"p04": 5.0}, epochs=3)))["p04"]
+
+
 def test_the_noise_level_is_taken_out() -> None:
     """A picture that was only seen where losses are high is as hard as the others; one of twice the loss is hard, by that factor."""
     rows = history(hard={"p05": 2.0}, fall=dict.fromkeys(PICTURES, 0.0), noise=0.01)

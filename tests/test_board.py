@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Workbench
 
 from sd3tune.cli import main
 from sd3tune.errors import CheckpointError
 from sd3tune.validation.board import Board, board, board_of, forgetting_of, surely
-from sd3tune.validation.sightings import Learned, learned
+from sd3tune.validation.sightings import Learned, expected, learned
 
 PICTURES = tuple(f"p{n:02}" for n in range(10))
 
@@ -82,6 +83,12 @@ def test_what_is_repeated_five_times_dominates() -> None:
     assert math.fsum(r.share for r in found.rows) == pytest.approx(1)
     assert math.fsum(r.share_of_loss for r in found.rows) == pytest.approx(1)
     assert "10 pictures, seen 40 to 200 times; dominates: p07 (36% of all updates" in found.sentence
+
+
+def test_what_has_much_of_the_loss_dominates() -> None:
+    """Seen as often as the others, with five times their loss; after three times it was seen that may be chance, and nothing is said."""
+    assert remarks(board_of(history(hard={"p04": 5.0}))) == {"p04": ["dominates", "hard"]}
+    assert "dominates" not in remarks(board_of(history(hard={"p04": 5.0}, epochs=3)))["p04"]
 
 
 def test_the_noise_level_is_taken_out() -> None:
@@ -184,3 +191,17 @@ def test_a_real_run(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "not a run folder (there is no history.jsonl)" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="not a run folder"):
         board(tmp_path)
+
+
+def test_a_hard_picture_at_high_noise_does_not_bend_the_levels() -> None:
+    """Half of what was seen above 0.5 is one picture that is e times as hard: both it and the levels are found, and no other is moved."""
+    rng, rows = random.Random(3), list[tuple[str, float]]()
+    for _ in range(400):
+        rows += [(name, rng.random()) for name in PICTURES[1:5]] + [(PICTURES[0], 0.5 + 0.5 * rng.random())] * 2
+    own = [PICTURES.index(name) for name, _ in rows]
+    value = [2 - 3 * sigma + (name == PICTURES[0]) for name, sigma in rows]
+    level = expected(np.array([sigma for _, sigma in rows]), np.array(value), np.array(own), 5)
+    rest = [v - float(at) for v, at in zip(value, level, strict=True)]
+    means = [sum(r for r, o in zip(rest, own, strict=True) if o == n) / own.count(n) for n in range(5)]
+    assert means[0] - means[1] == pytest.approx(1, abs=0.02)
+    assert max(means[1:]) - min(means[1:]) < 0.02

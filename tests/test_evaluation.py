@@ -21,6 +21,7 @@ from sd3tune.data.datasets import Dataset
 from sd3tune.data.simpletuner import from_simpletuner
 from sd3tune.data.timeline import Phase, epochs_done, passes
 from sd3tune.errors import ConfigError, DataError
+from sd3tune.judging import Judge
 from sd3tune.records import EvalRecord, of_row
 from sd3tune.reporting.page import page
 from sd3tune.reporting.trackers import numbers_of
@@ -239,6 +240,21 @@ def test_epoch_intervals_with_accumulation_and_stretches() -> None:
     assert [epochs_done(CUT, n) for n in (0, 24, 25, 26, 29)] == [0, Fraction(24, 10), 3, Fraction(13, 4), 4]
     assert due(CUT, 0.5, 33) == [5, 10, 15, 20, 25, 27, 29, 31, 33]
     assert due(WHOLE, 0.05, 4) == [1, 2, 3, 4], "more often than updates: after each one"
+
+
+def test_either_interval_is_enough() -> None:
+    """Of updates, of epochs, or of both; an update has all its batches; nothing falls due without held-out pictures."""
+
+    def steps(held: int = 1, **settings: Any) -> list[int]:
+        plan: Any = SimpleNamespace(evaluation=("picture",) * held, phases=WHOLE, accumulation=3)
+        judge = Judge(None, None, None, SimpleNamespace(plan=plan), CPU)  # type: ignore[arg-type]
+        return [n for n in range(1, 11) if judge.evaluation_due(st.presets.playground(**settings), n)]
+
+    assert steps() == []
+    assert steps(eval_steps_interval=4) == [4, 8]
+    assert steps(eval_epoch_interval=0.5) == [2, 4, 5, 7, 9, 10]
+    assert steps(eval_steps_interval=4, eval_epoch_interval=1.5) == [4, 5, 8, 10]
+    assert steps(held=0, eval_steps_interval=4, eval_epoch_interval=0.5) == []
 
 
 # --- what is held out ------------------------------------------------------------------------------------------------

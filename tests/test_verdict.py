@@ -108,6 +108,9 @@ def test_too_little_to_say() -> None:
     rows = history([0.7, 0.6], [0.7, 0.6])
     assert verdict(rows[:1]) is None
     assert verdict([{**rows[0], "losses_by_image": []}, rows[1]]) is None
+    named = {"items": ["a", "b"], "train_items": []}
+    assert verdict([{**rows[0], **named}, {**rows[1], **named, "items": ["a", "c"]}]) is None
+    assert verdict([{**rows[0], **named}, {**rows[1], **named}]) is not None
     assert verdict([{**rows[0], "sigmas": [0.4]}, rows[1]]) is None
     assert verdict([{key: value for key, value in rows[0].items() if "by_image" not in key}, rows[1]]) is None
     assert verdict([{**rows[0], "step": 100}, rows[1]]) is None, "the same moment again"

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DOMINATES = 2.0
-"""How many times an even share of all updates, or of all loss, is much."""
+OFTEN, MUCH = 2.0, 3.0
+"""How many times an even share of all updates, and of all loss, dominates. Pictures differ in their losses anyway."""
 
 FEW = 4
 """Times seen below which the sum of a picture's losses says nothing about it."""
@@ -56,8 +56,7 @@ class Board(Shown):
         """What stands out about a picture."""
         rows, said = self.rows if rows is None else rows, []
         count = len(rows)
-        much = max(row.share, row.share_of_loss if row.seen >= FEW else 0.0)  # the few were seen at some noise levels by chance
-        if count > DOMINATES and much * count > DOMINATES:
+        if row.share * count > OFTEN or (row.seen >= FEW and row.share_of_loss * count > MUCH):
             said.append("dominates")
         if row.beside.mean - row.beside.band * surely(count) > HARD:
             said.append("hard")
@@ -134,11 +133,10 @@ class Board(Shown):
             there = [(x, y) for row, x, y in points if bool(self.remarks(row)) == chosen]
             axes.scatter([x for x, _ in there], [y for _, y in there], s=28, color=colour, alpha=0.8, linewidth=0)
         values = [value for _, x, y in points for value in (x, y)]
-        for row, x, y in points:
-            if self.remarks(row):
-                left = x > (min(values) + max(values)) / 2
-                at, align = ((-6, 4), "right") if left else ((6, 4), "left")
-                axes.annotate(self.name(row)[-28:], (x, y), xytext=at, ha=align, textcoords="offset points", fontsize=8)
+        for number, (row, x, y) in enumerate(sorted((p for p in points if self.remarks(p[0])), key=lambda p: p[2])):
+            left, height = x > (min(values) + max(values)) / 2, 4 if number % 2 else -9
+            at, align = ((-6, height), "right") if left else ((6, height), "left")
+            axes.annotate(self.name(row)[-28:], (x, y), xytext=at, ha=align, textcoords="offset points", fontsize=8)
         if values:
             low, high = min(values), max(values)
             axes.plot([low, high], [low, high], color="#94a3b8", linewidth=0.8, linestyle="--", zorder=0)

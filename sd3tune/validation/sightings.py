@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PARTS, LEAST = 16, 8
 """Most parts of the noise levels in which the mean is taken, and least sightings of one."""
 
-TURNS = 8
+TURNS = 12
 """Turns of fitting levels and pictures."""
 
 

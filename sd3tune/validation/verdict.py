@@ -140,7 +140,9 @@ def judged(record: EvalRecord, history: Sequence[Row]) -> EvalRecord:
 
 
 def _alike(row: Row, newest: Row) -> bool:
-    """Whether two evaluations are of the same pictures and levels."""
+    """Whether two evaluations are of the same pictures and levels; those of older versions do not say which pictures they are of."""
+    if any(row.get(key) and list(row[key]) != list(newest.get(key, ())) for key in ("items", "train_items")):
+        return False
     return (
         all(len(row.get(key, ())) == len(newest[key]) for key in ("losses_by_image", "train_losses_by_image", "drifts_by_image"))
         and bool(newest["losses_by_image"])

@@ -20,6 +20,7 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.optim import require as require_optimizer
 from sd3tune.training.prior import Prior
 from sd3tune.training.velocity import SamplerVelocity, TransformerVelocity
+from sd3tune.validation.shots import in_words
 
 
 @dataclass(frozen=True)
@@ -73,5 +74,5 @@ def manifest_of(config: RunConfig, cache: Cache, parts: Parts) -> Manifest:
     cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
     return describe(
         cache, parts.transformer, engine.weights, engine.rules, engine.batches, truncated=cut_off,
-        seconds_per_update=engine.seconds_per_update(), advice=tuple(map(str, advice(config))),
+        seconds_per_update=engine.seconds_per_update(), pictures=in_words(config), advice=tuple(map(str, advice(config))),
     )  # fmt: skip

@@ -53,6 +53,8 @@ class Manifest(Shown):
     cache_misses: int
     datasets: tuple[dict[str, Any], ...]
     advice: tuple[str, ...] = ()
+    pictures: str = ""
+    """What is drawn on the way, and in which steps skip-layer guidance is active."""
     levels: tuple[int, ...] = ()
     """Of 10,000 noise levels drawn as in the run, how many lie in each tenth of 0 to 1."""
     shifts: tuple[tuple[str, float], ...] = ()
@@ -103,6 +105,7 @@ class Manifest(Shown):
                 f"stays     {name}: {count} pictures whose target is the base model's own prediction, weight {weight:g}"
                 for name, count, weight in self.regularisation
             ),
+            *([f"pictures  {self.pictures}"] if self.pictures else []),
             f"cache     {self.cache_hits} entries reused, {self.cache_misses} encoded",
             *(f"refused   {path}: {reason}" for path, reason in self.refused),
             *(f"truncated {said}" for said in self.captions_truncated),
@@ -211,7 +214,7 @@ def count_dtypes(tensors: Iterable[Tensor]) -> str:
 
 def describe(
     cache: Cache, transformer: Any, weights: Mapping[str, nn.Parameter], rules: Rules, batches: Batches, *, truncated: tuple[str, ...],
-    seconds_per_update: float, advice: tuple[str, ...] = (),
+    seconds_per_update: float, pictures: str = "", advice: tuple[str, ...] = (),
 ) -> Manifest:  # fmt: skip
     """Gather the manifest of a run from its cache and its loaded model."""
     plan = cache.plan
@@ -247,6 +250,7 @@ def describe(
         cache_hits=cache.hits,
         cache_misses=cache.misses,
         datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),
+        pictures=pictures,
         advice=advice,
         levels=drawn_levels(plan, rules),
         shifts=shifts_of(plan, rules),

@@ -53,6 +53,7 @@ class TrainingPanel:
         self.status, self.note, self.advice, self.chart, self.caption, self.log = (widgets.HTML() for _ in range(6))
         look = widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
         self.picture = widgets.Image(format="png", layout=look)
+        self.previews = widgets.HTML()
         self.widget = self._layout()
         self._record: Any = None
         self._drawing, self._told = threading.Lock(), self.runner.snapshot.refusals
@@ -147,6 +148,7 @@ class TrainingPanel:
             self.chart.value = curve(now)
             self.log.value = log_text(now)
             self.caption.value = pictures_caption(now)
+            self.previews.value = previews_text(now)
             if self.picture.value != now.grid:
                 self.picture.value = now.grid
                 self.picture.layout.display = "block" if now.grid else "none"
@@ -237,6 +239,14 @@ def curve(now: Snapshot) -> str:
     said = f'<div role="status" style="{_LOOK[False]}">{escape(now.verdict)}</div>' if now.verdict else ""
     drawn = charts.levels(now.noise_levels) if now.noise_levels else ""
     return charts.line(now.losses, now.evals, total=now.total_steps, marks=[step for step, _ in now.changes]) + said + drawn
+
+
+def previews_text(now: Snapshot) -> str:
+    """The pictures that are being drawn, small."""
+    drawn = (b64encode(preview).decode() for preview in now.previews[:8])
+    return "".join(
+        f'<img style="max-width:24%" alt="a picture that is being drawn" src="data:image/jpeg;base64,{data}">' for data in drawn
+    )
 
 
 def pictures_caption(now: Snapshot) -> str:

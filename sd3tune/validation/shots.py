@@ -90,6 +90,21 @@ def by_strength(shots: Sequence[Shot]) -> Iterator[tuple[float, list[Shot]]]:
         yield strength, [shot for shot in shots if shot.strength == strength]
 
 
+def in_words(config: RunConfig) -> str:
+    """What is drawn, and in which steps skip-layer guidance is active; empty when nothing is."""
+    shots = shots_of(config)
+    if not shots:
+        return ""
+    first, sizes = shots[0], dict.fromkeys(f"{shot.width}x{shot.height}" for shot in shots)
+    said = f"{len(shots)} of {len(config.prompts)} prompts, {', '.join(sizes)}, {first.steps} steps, guidance {first.guidance.scale:g}"
+    if active := first.guidance.active_steps(first.steps):
+        blocks = ", ".join(map(str, first.guidance.skip_layers))
+        said += f"; skip-layer guidance on blocks {blocks} x {first.guidance.skip_scale:g}, steps {active[0]}-{active[-1]} of {first.steps}"
+    elif first.guidance.skip_layers:
+        said += f"; skip-layer guidance is in no step of {first.steps}: widen validation_guidance_skip_layers_start and _stop"
+    return said
+
+
 def together(shots: Sequence[Shot], most: int | None = None) -> Iterator[tuple[Shot, ...]]:
     """Shots that the sampler can draw in one batch, in the order of their first: alike in all but texts and seed."""
     alike: dict[tuple[Any, ...], list[Shot]] = {}

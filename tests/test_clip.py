@@ -199,7 +199,7 @@ def test_what_is_no_scorer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: cannot be read \(.*\); {instead}"):
         Scorer.load(playground.MODEL)
     copy = altered(tmp_path)
-    (copy / "preprocessor_config.json").write_text('{"size": {}}')
+    (copy / "preprocessor_config.json").write_text('{"size": {"height": 64, "width": 64}}')
     with pytest.raises(
         ModelError, match=r"preprocessor_config\.json: says nothing clear about pictures .*; download or copy the model again"
     ):
@@ -218,8 +218,14 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     del tensors["visual_projection.weight"]
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"scorer: 1 tensors are missing, visual_projection\.weight first; download"):
+    with pytest.raises(ModelError, match=r"scorer: 1 tensors are missing or do not fit, visual_projection\.weight first; download"):
         Scorer.load(copy)
+
+
+def test_weights_of_another_size_are_not_made_up_either(tmp_path: Path) -> None:
+    """A configuration that is not that of the weights."""
+    with pytest.raises(ModelError, match=r"scorer: 2 tensors are missing or do not fit, text_projection\.weight first; download"):
+        Scorer.load(altered(tmp_path, projection_dim=48))
 
 
 def test_weights_of_the_older_kind_are_read(tmp_path: Path, scorer: Scorer) -> None:

@@ -89,8 +89,8 @@ class Preprocessing:
         found = found.get("image_processor", found)
         try:
             return cls(
-                _side(found.get("size", side)), _side(found.get("crop_size", side)), tuple(found.get("image_mean", MEAN)),
-                tuple(found.get("image_std", DEVIATION)), int(found.get("resample", BICUBIC)),
+                _side(found.get("size", side), "shortest_edge"), _side(found.get("crop_size", side), "height"),
+                tuple(found.get("image_mean", MEAN)), tuple(found.get("image_std", DEVIATION)), int(found.get("resample", BICUBIC)),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: says nothing clear about pictures ({error!r}); download or copy the model again") from None
@@ -108,9 +108,9 @@ class Preprocessing:
         return resized.crop((left, top, left + self.square, top + self.square))
 
 
-def _side(size: Any) -> int:
+def _side(size: Any, name: str) -> int:
     """Pixels from a number, or from a table of sides."""
-    return int(size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else int(size)
+    return int(size[name] if isinstance(size, dict) else size)
 
 
 class Scorer:
@@ -132,10 +132,12 @@ class Scorer:
             with torch.device("meta"):
                 empty = CLIPModel(CLIPConfig.from_pretrained(folder))
             _require(empty, torch.device(device))
-            model, found = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            model, found = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
             tokenizer = CLIPTokenizer.from_pretrained(folder)
-        if absent := sorted(found["missing_keys"]):
-            raise ModelError(f"{folder}: {len(absent)} tensors are missing, {absent[0]} first; download or copy the model again")
+        if absent := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+            raise ModelError(
+                f"{folder}: {len(absent)} tensors are missing or do not fit, {absent[0]} first; download or copy the model again"
+            )
         preprocessing = Preprocessing.of_folder(folder, model.config.vision_config.image_size)
         return cls(model.eval().requires_grad_(False).to(device), tokenizer, preprocessing)
 

@@ -152,14 +152,9 @@ class Call:
     def fits(self) -> bool:
         """Whether sageattention can do it: no mask, no dropout, no gradient, halves of one kind and shape, a width that it knows."""
         q, k, v = self.query, self.key, self.value
-        if (
-            self.attn_mask is not None
-            or self.dropout_p
-            or self.enable_gqa
-            or q.dim() != 4
-            or k.shape != v.shape
-            or q.shape[:2] != k.shape[:2]
-        ):
+        if self.attn_mask is not None or self.dropout_p or self.enable_gqa:
+            return False
+        if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
             return False
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
             return False

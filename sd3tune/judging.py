@@ -15,9 +15,8 @@ from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.buckets import Placement
 from sd3tune.data.timeline import passes
-from sd3tune.errors import ConfigError, ModelError, TrainingError
+from sd3tune.errors import ModelError, TrainingError
 from sd3tune.models import adapters, lycoris_adapters
-from sd3tune.models.attention import unable
 from sd3tune.records import EvalRecord, NoticeRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.training.engine import Engine
@@ -28,7 +27,7 @@ from sd3tune.validation.painter import Event
 from sd3tune.validation.pictures import Kind, newest_grid, of_shots, place_of, source_of
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, by_strength, shots_of
-from sd3tune.validation.validator import base_rows, draw, painting
+from sd3tune.validation.validator import base_rows, check, draw, painting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,12 +44,7 @@ class Judge:
 
     def check(self, config: RunConfig) -> None:
         """Raises: ConfigError for skip-layer guidance on a block that this model does not have, or attention that does not work here."""
-        if config.prompts and (why := unable(config.model.attention_mechanism, self._device)):
-            raise ConfigError([why])
-        depth = self._transformer.config.num_layers
-        wrong = [n for n in config.validation.validation_guidance_skip_layers or () if n >= depth]
-        if wrong:
-            raise ConfigError([f"validation_guidance_skip_layers: {wrong} is beyond this model's blocks, 0 to {depth - 1}"])
+        check(config, self._transformer, self._device)
 
     def evaluation_due(self, config: RunConfig, step: int) -> bool:
         """Whether an interval of updates or of epochs ends with update ``step``: a function of these numbers and the plan alone."""

@@ -28,7 +28,7 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import source_of
 from sd3tune.validation.shots import Shot, by_strength, shots_of
-from sd3tune.validation.validator import draw, painting
+from sd3tune.validation.validator import check, draw, painting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -82,6 +82,7 @@ def drawing(
     own: dict[str, Any] = {"validation_prompt": prompts, "validation_prompt_library": False, "user_prompt_library": None}
     chosen = chosen.replace(**{**own, "validation_disable": False, "validation_disable_unconditional": True, **settings})
     device = components.pick_device()
+    check(chosen, components.skeleton(chosen), device)
     texts = texts_of(chosen)
     with loaded(chosen, adapter, device) as (transformer, network), painting(chosen, transformer, texts.text, device) as painter:
         source = source_of(chosen, str(device), "adapter", 0, file_digest(adapter))

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_trainer import same_state, updates
 
 import sd3tune as st
 from sd3tune.checkup import _tracker
-from sd3tune.records import StepRecord
+from sd3tune.records import ScoreRecord, StepRecord
 from sd3tune.reporting import require, trackers
 from sd3tune.run_folder import RunFolder
 
@@ -164,6 +165,13 @@ def test_weights_and_biases_is_told_once_and_in_order(
     assert not {"output_dir", "cache_dir", "mirror_to", "webhook_config"} & set(calls[0]["config"])
     assert str(bench.root) not in str(calls[0]["config"])
     assert "k" * 40 not in str(calls)
+
+
+def test_scores_have_the_usual_names() -> None:
+    """``clip/mean`` and its like; those of the running average apart."""
+    score = ScoreRecord(step=3, kind="adapter", mean=0.3, min=0.2, max=0.4, std=0.1, scores=(0.2, 0.4), names=("a", "b"))
+    assert trackers.numbers_of(score) == {"clip/mean": 0.3, "clip/min": 0.2, "clip/max": 0.4, "clip/std": 0.1}
+    assert set(trackers.numbers_of(replace(score, kind="ema"))) == {"clip/mean_ema", "clip/min_ema", "clip/max_ema", "clip/std_ema"}
 
 
 def test_numbers_that_are_not_there_are_left_out() -> None:

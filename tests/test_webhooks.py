@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from sd3tune.records import (
     NoticeRecord,
     PreviewRecord,
     Record,
+    ScoreRecord,
     StepRecord,
 )
 from sd3tune.reporting.cleaning import without_places, without_secrets
@@ -172,6 +175,29 @@ def test_a_raw_webhook_is_told_everything_in_order(folder: RunFolder, serve: Cal
     for hidden in (str(folder.path.parent), str(Path.home()), "somebody", "s3cr3t"):
         assert hidden not in everything, hidden
     assert {headers["X-Api-Key"] for headers, _ in server.calls} == {"s3cr3t"}
+
+
+def test_previews_failures_and_scores_are_told(folder: RunFolder, serve: Callable[..., Server]) -> None:
+    """A preview's pictures are PNGs with their step; a picture that failed is a warning in words; a score is numbers."""
+    server, jpeg = serve(), io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(jpeg, "JPEG")
+    one = tail(folder, Hook("raw", server.url))
+    shown = replace(preview(5), previews=(jpeg.getvalue(),) * 2, prompts=("a pot", "a cup"), count=2)
+    failed = replace(image(folder, 3), path="", problem=f"no room in {folder.path}/x")
+    score = ScoreRecord(step=3, kind="adapter", mean=0.3, min=0.2, max=0.4, std=0.1, scores=(0.2, 0.4), names=("a", "b"))
+    for record in (preview(4), shown, failed, score):
+        one.take(record)
+    one.close()
+    assert one.news() == []
+    said = server.payloads
+    assert [p["type"] for p in said] == ["validation.image", "notification", "training.validation"], "a step without pictures is debug"
+    assert said[0]["data"]["step_label"] == "5/9"
+    assert said[0]["data"]["prompts"] == ["a pot", "a cup"]
+    found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in said[0]["images"]]
+    assert [(picture.format, picture.size) for picture in found] == 2 * [("PNG", (8, 8))]
+    assert said[1]["severity"] == "warning"
+    assert "no room in x" in said[1]["body"]
+    assert said[2]["data"]["clip/mean"] == 0.3
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ class TrainingPanel:
                 self.note,
                 widgets.HBox([form, right], layout=widgets.Layout(**row)),
                 self.caption,
+                self.previews,
                 self.picture,
                 self.log,
             ],
@@ -244,9 +245,7 @@ def curve(now: Snapshot) -> str:
 def previews_text(now: Snapshot) -> str:
     """The pictures that are being drawn, small."""
     drawn = (b64encode(preview).decode() for preview in now.previews[:8])
-    return "".join(
-        f'<img style="max-width:24%" alt="a picture that is being drawn" src="data:image/jpeg;base64,{data}">' for data in drawn
-    )
+    return "".join(f'<img style="max-width:24%" alt="a picture that is being drawn" src="data:image/jpeg;base64,{data}">' for data in drawn)
 
 
 def pictures_caption(now: Snapshot) -> str:

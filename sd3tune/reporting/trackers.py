@@ -76,6 +76,7 @@ class Tracker:
         self._run = config.reporting.tracker_run_name or folder.path.name
         self._facts = {name: _plain(value) for name, value in shareable(config).items()}
         self._made: Any = None
+        self._seed = config.validation_seed
 
     def wants(self, record: Record) -> bool:
         """Numbers, pictures, and where the run goes on."""
@@ -126,8 +127,8 @@ class Tracker:
     def _show(self, record: ImageRecord) -> None:
         import numpy as np
 
-        ending = " (average)" if record.kind == "ema" else ""
-        name = f"validation/{record.prompt[:60]} {record.width}x{record.height} {record.seed}{ending}"
+        ending = (f" seed {record.seed}" if record.seed != self._seed else "") + (" (average)" if record.kind == "ema" else "")
+        name = f"validation/{record.prompt[:60]} {record.width}x{record.height}{ending}"
         with Image.open(record.path) as opened:
             picture_HWC = np.asarray(opened.convert("RGB"))
         if self.name == "tensorboard":

@@ -12,8 +12,9 @@ import torch
 
 from sd3tune.cache.states import Text
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ConfigError
 from sd3tune.models import components
-from sd3tune.models.attention import attention
+from sd3tune.models.attention import attention, unable
 from sd3tune.models.tiny import load_tiny
 from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, Record
 from sd3tune.run_folder import RunFolder
@@ -21,6 +22,16 @@ from sd3tune.validation.kept import keep, kept
 from sd3tune.validation.painter import Drawn, Failed, Painter, Step
 from sd3tune.validation.pictures import Source, drawn, place_of, write_picture, write_problem
 from sd3tune.validation.shots import Shot
+
+
+def check(config: RunConfig, transformer: Any, device: torch.device) -> None:
+    """Raises: ConfigError for skip-layer guidance on a block that a model does not have, or attention that does not work on a device."""
+    if config.prompts and (why := unable(config.model.attention_mechanism, device)):
+        raise ConfigError([why])
+    depth = transformer.config.num_layers
+    wrong = [n for n in config.validation.validation_guidance_skip_layers or () if n >= depth]
+    if wrong:
+        raise ConfigError([f"validation_guidance_skip_layers: {wrong} is beyond this model's blocks, 0 to {depth - 1}"])
 
 
 @contextmanager

@@ -57,6 +57,13 @@ def write_adapter(
 ) -> Verified:
     """Write an adapter file, read it back and compare; what was found. Raises: CheckpointError, FileError."""
     notes = {"sd3tune.step": str(step), **modelspec(config, made, path.stem)}
+    return write_noted(path, weights, config, notes, network=network, layout=layout)
+
+
+def write_noted(
+    path: Path, weights: Mapping[str, torch.Tensor], config: RunConfig, notes: Mapping[str, str], *, network: Any, layout: Layout
+) -> Verified:
+    """The same with other notes in the file's metadata."""
     if network is not None:
         lycoris = lycoris_adapters.read_config(config.adapter.lycoris_config)
         return lycoris_adapters.save_lycoris(path, network, weights, notes, lycoris)
@@ -72,7 +79,6 @@ def checkpointing(config: RunConfig, device: torch.device) -> bool:
 def rules_of(config: RunConfig, made: Plan) -> Rules:
     """The numbers of an update, taken out of the configuration."""
     o, objective = config.optimizer, config.objective
-    options = tuple(options_of(o.optimizer, o.optimizer_config).items())
     return Rules(
         seed=config.schedule.seed, accumulation=made.accumulation, sigmoid_scale=config.noise.flow_sigmoid_scale,
         shift=config.flow_schedule_shift, stratified=config.noise.stratified, schedule=o.lr_scheduler, warmup=o.lr_warmup_steps,
@@ -80,11 +86,17 @@ def rules_of(config: RunConfig, made: Plan) -> Rules:
         ema_decay=config.adapter.ema_decay if config.adapter.use_ema else None, ema_interval=config.adapter.ema_update_interval,
         ema_device=None if config.adapter.ema_device == "accelerator" else "cpu",
         spread=spread_of(config), measure=Measure(objective.loss_type, objective.huber_c), weighting=objective.loss_weighting,
-        perturbation=objective.input_perturbation, rule=Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, options),
+        perturbation=objective.input_perturbation, rule=rule_of(config),
         cycles=o.lr_num_cycles, power=o.lr_power, end=o.lr_end, clip_method=o.grad_clip_method,
         mask_normalise=objective.mask_normalise, regularisation_weight=objective.regularisation_weight,
         rollout=rollout_of(config),
     )  # fmt: skip
+
+
+def rule_of(config: RunConfig) -> Rule:
+    """The optimizer's rule with its numbers."""
+    o = config.optimizer
+    return Rule(o.optimizer, o.optimizer_beta1, o.optimizer_beta2, tuple(options_of(o.optimizer, o.optimizer_config).items()))
 
 
 def rollout_of(config: RunConfig) -> Rollout | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -66,6 +67,17 @@ def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept = [r for r in kept if r["step"] <= line["from_step"]]
         kept.append(line)
     return kept
+
+
+def newest_chain(lines: list[dict[str, Any]]) -> dict[int, float]:
+    """The segments that lead to where a run is now, each with its last step that counts: where the next one left it."""
+    branches = {line.get("segment", 0): line for line in lines if line["type"] == SegmentRecord.type}
+    segment, last = next(reversed(branches), 0), math.inf
+    chain = {segment: last}
+    while (branch := branches.get(segment)) is not None and branch["parent"] < segment:
+        segment, last = branch["parent"], min(last, branch["from_step"])
+        chain[segment] = last
+    return chain
 
 
 def smooth(values: list[float], decay: float = 0.95) -> list[float]:

@@ -23,7 +23,7 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import Rows, by_image, evaluation_levels, evaluation_loss, losses_of, mean
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.painter import Event
+from sd3tune.validation.painter import Event, seconds_of_a_forward
 from sd3tune.validation.pictures import Kind, newest_grid, of_shots, place_of, source_of
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, by_strength, shots_of
@@ -148,6 +148,11 @@ class Judge:
             for strength, alike in by_strength(shots):
                 with self._evaluating("adapter", strength):
                     yield from painter.draw(alike)
+
+    def seconds_of_a_forward(self, config: RunConfig, shot: Shot) -> float | None:
+        """How long a picture's pass through the model takes now; nothing if it fails."""
+        with painting(config, self._transformer, self._cache.text, self._device) as painter, self._evaluating():
+            return seconds_of_a_forward(painter, [shot])
 
     def _kinds(self, config: RunConfig) -> tuple[Kind, ...]:
         """Whose pictures are drawn beside the base model's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,15 @@ def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumabl
             f"{folder.path}: the pictures, captions or batch settings are not those of the run; put them back to resume it, "
             "or start a new run (data sets with a train_batch_size of their own need as many processes as before)"
         )
+    return Resumable(folder, as_it_was(config, state), cache, state)
+
+
+def as_it_was(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
+    """A run's settings with what a person had changed by the time of a checkpoint. Raises: ConfigError."""
     live = {k: tuple(v) if isinstance(v, list) else v for k, v in state["live"].items()}
     if live.get("max_train_steps") is not None:
         live["num_train_epochs"] = None
-    return Resumable(folder, config.replace(**live), cache, state)
+    return config.replace(**live)
 
 
 def shared_out(config: RunConfig, count: int) -> RunConfig:

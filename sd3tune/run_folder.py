@@ -41,6 +41,14 @@ class RunFolder:
         """Make a new folder at ``wanted``, or at ``wanted-2``, ``-3``, ... Raises: FileError."""
         return cls(new_numbered_folder(wanted))
 
+    @classmethod
+    def of(cls, path: str | Path) -> RunFolder:
+        """The folder of a run that is there. Raises: CheckpointError when it is none."""
+        folder = cls(Path(path).absolute())
+        if not folder.config.exists():
+            raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
+        return folder
+
     @property
     def config(self) -> Path:
         """Every setting of the run."""
@@ -80,6 +88,16 @@ class RunFolder:
     def lora_ema(self) -> Path:
         """The running average of the adapter."""
         return self.path / "lora-ema.safetensors"
+
+    @property
+    def picked(self) -> Path:
+        """The adapter of a checkpoint that was chosen."""
+        return self.path / "picked.safetensors"
+
+    @property
+    def picks(self) -> Path:
+        """Pictures and votes from which a checkpoint is chosen."""
+        return self.path / "picks"
 
     @property
     def card(self) -> Path:
@@ -137,7 +155,7 @@ class RunFolder:
     def drop_adapters(self) -> None:
         """Delete adapters whose pictures are gone."""
         named = set()
-        for path in self.images(0).parent.glob("*/*.json"):
+        for path in (*self.images(0).parent.glob("*/*.json"), *self.picks.glob("*.json")):
             with suppress(OSError, ValueError, AttributeError):
                 named.add(json.loads(path.read_text()).get("adapter"))
         for path in self.adapters.glob("*.safetensors"):

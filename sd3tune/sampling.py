@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +176,15 @@ def put_in(transformer: Any, config: RunConfig, adapter: Path) -> Any:
     spec = spec_of_file(lora)
     starting.begin_with(adapter, adapters.add_lora(transformer, spec, seed=0), spec)
     return None
+
+
+def exchange(transformer: Any, network: Any, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Give the adapter in a transformer the weights of another checkpoint (``where``); the bits are those of a fresh load.
+
+    Raises: CheckpointError when they are of another adapter.
+    """
+    own = adapters.weights_in(transformer) if network is None else dict(network.named_parameters())
+    starting.exchange(where, own, weights)
 
 
 def spec_of_file(lora: lora_layouts.LoraFile) -> adapters.Spec:

@@ -73,19 +73,12 @@ class SlgGrid:
     def price(self) -> str:
         """What drawing it costs, by the time that one step takes now."""
         if self._each is None:
-            self._each = self._timed()
+            self._each = self._trainer.seconds_of_a_forward(self.shot)
         count = len(self.rows) * len(self.cfgs)
         active = self.guidance(1, 0).active_steps(self.shot.steps) if len(self.rows) > 1 else ()
         said = f"; skip-layer guidance is active in steps {active[0]} to {active[-1]} of {self.shot.steps}" if active else ""
-        return f"{count} pictures, {self.forwards} forwards of the model: about {duration(self.forwards * self._each)}{said}"
-
-    def _timed(self) -> float:
-        """Seconds of one forward: of the second step, for the first warms up."""
-        events = self._trainer.painted([replace(self.shot, steps=max(2, self.shot.steps))])
-        next(events)
-        started = time.perf_counter()
-        next(events)
-        return (time.perf_counter() - started) / (2 if self.shot.guidance.scale > 1 else 1)
+        how_long = "" if self._each is None else f": about {duration(self.forwards * self._each)}"
+        return f"{count} pictures, {self.forwards} forwards of the model{how_long}{said}"
 
     def __iter__(self) -> Iterator[Record]:
         """Draw what is not drawn yet; the price comes first, then a record per step of the sampler and per cell."""

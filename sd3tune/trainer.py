@@ -452,6 +452,10 @@ class Trainer:
         """Draw shots with the adapter as it is, into no folder and no history."""
         return self._judge.painted(self.config, shots)
 
+    def seconds_of_a_forward(self, shot: Shot) -> float | None:
+        """How long a picture's pass through the model takes now; nothing if it fails."""
+        return self._judge.seconds_of_a_forward(self.config, shot)
+
     def score(self, picture: Image, prompt: str) -> float | None:
         """How well a picture follows its prompt, 0 to 1; nothing unless ``evaluation_type`` is clip. Raises: ModelError."""
         return self._judge.score(self.config, picture, prompt)

@@ -88,11 +88,16 @@ def add_lora(transformer: Any, spec: Spec, *, seed: int) -> dict[str, nn.Paramet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(lora_config(spec))
-    weights = {file_name(name): p for name, p in transformer.named_parameters() if "lora_" in name}
+    weights = weights_in(transformer)
     for weight in weights.values():
         weight.data = weight.data.float()
         weight.requires_grad_(True)
     return weights
+
+
+def weights_in(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the LoRA that a transformer holds, by the name they have in files."""
+    return {file_name(name): p for name, p in transformer.named_parameters() if "lora_" in name}
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sd3tune.config.reading import dump
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
@@ -17,20 +19,25 @@ TEXTS = ("tokenizer_max_length", "t5_padding", "use_t5", "sd3_clip_uncond_behavi
 
 def modelspec(config: RunConfig, plan: Plan, title: str) -> dict[str, str]:
     """Title, architecture, resolution, trigger phrase, how texts were read, and a digest of the settings."""
-    base = config.model.model_flavour or config.model.pretrained_model_name_or_path or ""
     largest = max((placement.bucket for placement in plan.train), key=lambda bucket: bucket.width * bucket.height)
+    return described(config, title, str(largest), [d.instance_prompt for d in plan.catalog.datasets if d.instance_prompt])
+
+
+def described(config: RunConfig, title: str, resolution: str, phrases: Iterable[str]) -> dict[str, str]:
+    """The same where there is no plan; the resolution may be unknown (empty)."""
+    base = config.model.model_flavour or config.model.pretrained_model_name_or_path or ""
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{ARCHITECTURES.get(base, 'stable-diffusion-3')}/{'lora' if not _lycoris(config) else 'lycoris'}",
         "modelspec.title": title,
-        "modelspec.resolution": str(largest),
         "modelspec.prediction_type": "flow",
         "sd3tune.base": base,
         **{f"sd3tune.{name}": str(getattr(config.model, name)) for name in TEXTS},
         "sd3tune.config_sha256": digest(dump(config)),
     }
-    phrases = sorted({d.instance_prompt for d in plan.catalog.datasets if d.instance_prompt})
-    return found | ({"modelspec.trigger_phrase": ", ".join(phrases)} if phrases else {})
+    known = sorted(set(phrases))
+    found |= {"modelspec.resolution": resolution} if resolution else {}
+    return found | ({"modelspec.trigger_phrase": ", ".join(known)} if known else {})
 
 
 def _lycoris(config: RunConfig) -> bool:

@@ -55,10 +55,15 @@ def begin_exactly(path: Path, weights: Mapping[str, nn.Parameter]) -> None:
             held: dict[str, Tensor] = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+    exchange(str(path), weights, held)
+
+
+def exchange(where: str, weights: Mapping[str, nn.Parameter], held: Mapping[str, Tensor]) -> None:
+    """Give an adapter the weights that ``where`` holds, bit for bit. Raises: CheckpointError, before anything is changed."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     odd = sorted({name for name, _ in {(name, value.shape) for name, value in held.items()} ^ set(shapes.items())})
     if odd:
-        raise CheckpointError(f"{path}: is of another adapter than the run's settings describe; {len(odd)} weights differ, e.g. {odd[0]}")
+        raise CheckpointError(f"{where}: is of another adapter than the run's settings describe; {len(odd)} weights differ, e.g. {odd[0]}")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(held[name])

@@ -142,6 +142,18 @@ def averaged(optimizer: torch.optim.Optimizer, weights: Weights) -> dict[str, Te
     }
 
 
+AVERAGING = ("schedulefree",)
+"""Rules whose weights to be judged are not the ones that train."""
+
+
+def averaged_of(rule: Rule, adapter: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that are to be judged, from the adapter and the optimizer's tensors of a checkpoint of such a rule; see `averaged`."""
+    known = OPTIMIZERS[rule.name].betas or (0.0, 0.0)
+    share = 1 - 1 / (known[0] if rule.beta1 is None else rule.beta1)
+    moved = {name: moments.get(f"{name}/z") for name in adapter}
+    return {name: weight if (z := moved[name]) is None else weight.lerp(z, share) for name, weight in adapter.items()}
+
+
 # --- state without pickles -------------------------------------------------------------------------------------------
 
 

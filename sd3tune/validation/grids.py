@@ -20,7 +20,7 @@ class Grid:
     """Rows of pictures with their labels. Displays itself in a notebook."""
 
     rows: tuple[tuple[str, tuple[Image.Image | str | None, ...]], ...]
-    """Label and cells: a picture, a sentence that says why there is none, or nothing."""
+    """Label (of one or more lines) and cells: a picture, a sentence that says why there is none, or nothing."""
     columns: tuple[str, ...]
 
     def image(self) -> Image.Image:
@@ -36,7 +36,8 @@ class Grid:
             _write(pen, _wrap(title, width, font), (LABEL + c * (width + MARGIN), MARGIN), font)
         for r, (label, row) in enumerate(self.rows):
             y = top + r * (height + MARGIN)
-            _write(pen, _wrap(label, LABEL - 2 * MARGIN, font), (MARGIN, y + height // 2 - 16), font)
+            words = [line for part in label.split("\n") for line in _wrap(part, LABEL - 2 * MARGIN, font)]
+            _write(pen, words, (MARGIN, y + height // 2 - 8 * len(words)), font)
             for c, picture in enumerate(row):
                 x = LABEL + c * (width + MARGIN)
                 if not isinstance(picture, Image.Image):

@@ -125,18 +125,22 @@ class Found:
     shot: Shot
     kind: Kind
     problem: str = ""
+    adapter: str = ""
+    """Digest of the adapter that it was drawn with."""
 
 
 def drawn(folder: RunFolder, step: int) -> list[Found]:
     """The pictures of a step, in the order they were drawn; those that cannot be read are not among them."""
-    found = []
-    for path in sorted(folder.images(step).glob("*.json")):
-        try:
-            row = json.loads(path.read_text())
-            found.append(Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return found
+    return [found for path in sorted(folder.images(step).glob("*.json")) if (found := found_at(path)) is not None]
+
+
+def found_at(path: Path) -> Found | None:
+    """The picture that a JSON file beside it describes; nothing when that cannot be read."""
+    try:
+        row = json.loads(path.read_text())
+        return Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"], row.get("adapter", ""))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def of_shots(folder: RunFolder, step: int, kind: Kind, shots: Sequence[Shot]) -> list[Found]:
@@ -166,12 +170,12 @@ def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[in
     base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
     rows: list[tuple[str, tuple[Image.Image | str | None, ...]]] = []
     if base:
-        rows.append(("base model", tuple(_cell(base.get(shot.base)) for shot in shots)))
+        rows.append(("base model", tuple(cell_of(base.get(shot.base)) for shot in shots)))
     for step in steps:
         for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
             there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
             if there:
-                rows.append((label, tuple(_cell(there.get(shot.place)) for shot in shots)))
+                rows.append((label, tuple(cell_of(there.get(shot.place)) for shot in shots)))
     placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
     references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
     if any(references):
@@ -196,11 +200,16 @@ def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> 
     return grid_of(config, folder, made, steps[-1:])
 
 
-def _cell(found: Found | None) -> Image.Image | str | None:
+def cell_of(found: Found | None) -> Image.Image | str | None:
     """A picture, or why there is none."""
     if found is None or found.problem:
         return None if found is None else found.problem
     if not found.path.exists():
         return None
-    with Image.open(found.path) as opened:
-        return opened.convert("RGB")
+    return opened(found.path)
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture's pixels."""
+    with Image.open(path) as file:
+        return file.convert("RGB")

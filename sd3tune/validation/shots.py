@@ -40,6 +40,12 @@ class Shot:
         """The same of the model without the adapter, of which there is no share."""
         return replace(self, strength=1.0)
 
+    @property
+    def forwards(self) -> int:
+        """Pictures that go through the model to draw it: guidance and skip-layer guidance count, and Heun's second looks."""
+        walked = 2 * self.steps - 1 if self.solver == "heun" else self.steps
+        return walked * (2 if self.guidance.scale > 1 else 1) + len(self.guidance.active_steps(walked))
+
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         return dataclasses.asdict(self)

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from sd3tune.files import write_with
 from sd3tune.history import smooth
+from sd3tune.run_folder import RunFolder
 
 Point = tuple[int, float]
 
@@ -138,3 +140,22 @@ def _legend(held: bool, marks: bool) -> str:
         parts.append(f'<g transform="translate({x} 11)"><path d="{path}" {look}/><text x="24" y="4" {_TEXT}>{label}</text></g>')
         x += 40 + 7 * len(label)
     return "".join(parts)
+
+
+def save_losses(folder: RunFolder) -> None:
+    """Draw the loss of every update, smoothed, with the evaluation losses, into a run folder. Raises: FileError."""
+    from matplotlib.figure import Figure
+
+    history = folder.read_history()
+    steps = [r for r in history if r["type"] == "step" and r["loss"] is not None]
+    evals = [r for r in history if r["type"] == "eval"]
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    x, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+    axes.plot(x, losses, color="#b8c4d6", linewidth=0.8, label="each update")
+    axes.plot(x, smooth(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
+    axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o--", color="#c2410c", label="held-out pictures")
+    axes.set(xlabel="update", ylabel="loss")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    write_with(folder.loss_chart, lambda draft: figure.savefig(draft, format="png", dpi=130))

@@ -14,6 +14,7 @@ from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import plan_digest, write_adapter
 from sd3tune.building import build, manifest_of
 from sd3tune.cache import Cache, CacheBuilder
+from sd3tune.charts import save_losses
 from sd3tune.config.reading import frozen, is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
@@ -335,7 +336,7 @@ class Trainer:
         tensors = self.save(self.folder.lora)
         yield self._tell(CheckpointRecord(step=self.steps_done, path=str(self.folder.lora), tensors=tensors))
         yield from self._both()
-        self.folder.save_loss_chart()
+        save_losses(self.folder)
         for record in self._reporters.finish(self.steps_done):
             yield record if isinstance(record, WaitRecord) else self._tell(record)
         yield from self._news(self._saver.finish())

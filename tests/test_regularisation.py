@@ -206,7 +206,7 @@ def test_a_run_with_regularisation(bench: Workbench, tmp_path: Path) -> None:
     assert max(r.regularisation_loss for r in records if r.regularisation_loss is not None) > 0
     lines = [line for line in run.folder.read_history() if line["type"] == "step"]
     assert [line["loss"] for line in lines] == [r.loss for r in records]
-    run.folder.save_loss_chart()
+    save_losses(run.folder)
     assert "loss" in str(st.runs(run.folder.path.parent))
     path = tmp_path / "datasets.yaml"
     path.write_text(path.read_text().replace(", is_regularisation_data: true", ""))

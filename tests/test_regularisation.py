@@ -14,6 +14,7 @@ from test_engine import Toy, engine
 from test_lycoris import written
 
 import sd3tune as st
+from sd3tune.charts import save_losses
 from sd3tune.cli import main
 from sd3tune.data.entries import read_datasets
 from sd3tune.errors import ConfigError, DataError, TrainingError

@@ -25,7 +25,7 @@ from sd3tune.validation.validator import painting
 def redraw(picture: Path) -> Iterator[Record]:
     """Draw a run's picture again in the batch that it was drawn in, with the adapter that it names; the last record says what differs.
 
-    The new picture lies beside it as ``NAME-replay.png``. Raises: FileError for a picture that is not of a run; CheckpointError when its
+    The new picture lies in the run's ``replays``. Raises: FileError for a picture that is not of a run; CheckpointError when its
     adapter is gone.
     """
     facts = about(picture)
@@ -54,7 +54,7 @@ def redraw(picture: Path) -> Iterator[Record]:
             elif isinstance(event, Drawn) and event.shot == shot:
                 found = event
     assert found is not None, shot
-    path = picture.with_name(f"{picture.stem}-replay.png")
+    path = folder.path / "replays" / f"{picture.parent.name}-{picture.name}"
     write_with(path, lambda draft: found.picture.save(draft, "PNG"))
     yield record_of(shot, source, path)
     yield NoticeRecord(step=step, text=verdict(picture, found.picture, facts, source.device, source.versions))

@@ -17,6 +17,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.files import write_text
 from sd3tune.keeping import best_of
+from sd3tune.models.clip import READING
 from sd3tune.reporting.cleaning import without_tokens
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 
@@ -63,6 +64,7 @@ def page(folder: RunFolder) -> str:
         _curves(history),
         _section("Held-out pictures", _judged([row for row in history if row["type"] == "eval"])),
         _pictures(folder),
+        _section("CLIP score", _scores([row for row in history if row["type"] == "clip"])),
         _section("What happened", _happened(history)),
         _section("Settings", _settings(config)),
         _section("Manifest", _facts(manifest)),
@@ -172,6 +174,22 @@ def _table(rows: Sequence[tuple[str, str]], chosen: Sequence[str] = ()) -> str:
     look = {True: ' class="set"', False: ""}
     body = "".join(f"<tr{look[name in chosen]}><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
     return f"<table>{body}</table>" if rows else ""
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How well pictures followed their prompts, step by step, and how to read it."""
+    if not rows:
+        return ""
+    curves = []
+    for kind, name in (("adapter", "CLIP score"), ("ema", "CLIP score of the average")):
+        points = [(row["step"], row["mean"]) for row in rows if row["kind"] == kind]
+        curves += [f"<div>{charts.line(points, name=name)}</div>"] if points else []
+    last = rows[-1]
+    beside = (("the base model's pictures", last["base"]), ("real held-out pictures with their captions", last["reference"]))
+    said = "; ".join(f"{name} {value:.3f}" for name, value in beside if value is not None)
+    table = _table([(escape(name), f"{score:.3f}") for name, score in zip(last["names"], last["scores"], strict=True)])
+    text = f"<p>At step {last['step']}: mean {last['mean']:.3f}{'; ' * bool(said)}{said}. {escape(READING)}</p>"
+    return f'{text}<div class="two">{"".join(curves)}</div><details><summary>each prompt</summary>{table}</details>'
 
 
 def _happened(history: Sequence[Mapping[str, Any]]) -> str:

@@ -226,16 +226,12 @@ SMALL = {
     "linear_alpha": 0.5,
     "apply_preset": {"target_module": ["Attention"]},
 }
-OTHERS: list[dict[str, Any]] = [{"lora_type": "lycoris"}, {"optimizer": "schedulefree", "lr_scheduler": "constant_with_warmup"}]
 
 
-@pytest.mark.parametrize("values", OTHERS, ids=["lycoris", "schedulefree"])
-def test_other_adapters_are_drawn_as_they_were_judged(bench: Workbench, tmp_path: Path, values: dict[str, Any]) -> None:
-    """LyCORIS networks exchange their values too; of a schedule-free run the average is drawn; live prompts count."""
-    if values.get("lora_type"):
-        (tmp_path / "kind.json").write_text(json.dumps(SMALL))
-        values = {**values, "lycoris_config": str(tmp_path / "kind.json")}
-    trainer = bench.trainer(**{**FAST, **values}, max_train_steps=2)
+def test_lycoris_is_drawn_as_it_was_judged(bench: Workbench, tmp_path: Path) -> None:
+    """A network's values are exchanged too, live prompts count, and its file is the trainer's; what cannot be done is said."""
+    (tmp_path / "kind.json").write_text(json.dumps(SMALL))
+    trainer = bench.trainer(**FAST, max_train_steps=2, lora_type="lycoris", lycoris_config=str(tmp_path / "kind.json"))
     trainer.set(validation_prompt=("croissant",))
     own = {}
     for step in (1, 2):
@@ -249,16 +245,26 @@ def test_other_adapters_are_drawn_as_they_were_judged(bench: Workbench, tmp_path
     assert sum(isinstance(record, ImageRecord) for record in picker) == 2
     assert {one.step: pixels(found.path) for one in picker.candidates for found in picker.row(one) if found} == own
     trainer.save(tmp_path / "own.safetensors")
-    kept = picker.promote(2)
-    mine, theirs = load_file(kept.path), load_file(tmp_path / "own.safetensors")
+    mine, theirs = load_file(picker.promote(2).path), load_file(tmp_path / "own.safetensors")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    if values.get("lora_type"):
-        half = Candidate(2, 0.5)
-        with pytest.raises(ConfigError, match="a strength cannot be folded into a LyCORIS file; use it at that strength"):
-            picker.promote(half, fold=True)
-        with pytest.raises(ConfigError, match="a LyCORIS file has lycoris' own layout"):
-            picker.promote(2, layout="comfyui")
+    with pytest.raises(ConfigError, match="a strength cannot be folded into a LyCORIS file; use it at that strength"):
+        picker.promote(Candidate(2, 0.5), fold=True)
+    with pytest.raises(ConfigError, match="a LyCORIS file has lycoris' own layout"):
+        picker.promote(2, layout="comfyui")
+
+
+def test_of_a_schedule_free_run_the_average_is_drawn(bench: Workbench) -> None:
+    """A candidate's weights are those that validation judges, bit for bit, and not the ones that train."""
+    trainer = bench.trainer(**FAST, max_train_steps=2, optimizer="schedulefree", lr_scheduler="constant_with_warmup")
+    trainer.step()
+    trainer.step()
+    trainer.checkpoint()
+    drawn, judged = weights_of(trainer.folder, trainer.config, Candidate(2)), trainer.engine.result()
+    assert drawn.keys() == judged.keys()
+    assert all(torch.equal(drawn[name], judged[name]) for name in judged)
+    trained = load_file(candidates.adapter_file(trainer.folder, 2))
+    assert not all(torch.equal(drawn[name], trained[name]) for name in trained)
 
 
 def test_exchanged_values_are_those_of_a_fresh_load(trained: Path) -> None:

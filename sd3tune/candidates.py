@@ -110,10 +110,9 @@ class Promoted(Shown):
     verified: Verified
 
     def __str__(self) -> str:
-        strength = self.candidate.strength
-        use = (
-            "" if strength == 1 else "; the strength is folded in, so use it at 1" if self.folded else f"; use it at strength {strength:g}"
-        )
+        use = ""
+        if self.candidate.strength != 1:
+            use = "; the strength is in it, so use it at 1" if self.folded else f"; use it at strength {self.candidate.strength:g}"
         return f"{self.path}: {self.candidate}, {self.verified}{use}"
 
 
@@ -131,14 +130,12 @@ def promote(
     if not candidate.mark:
         candidate = replace(candidate, mark=whole_checkpoints(folder, (candidate.step,))[candidate.step])
     config = config_at(folder, candidate.step)
-    lycoris = config.adapter.lora_type == "lycoris"
-    if lycoris and (layout != "diffusers" or (fold and candidate.strength != 1)):
-        problem = "a strength cannot be folded into a LyCORIS file; use it at that strength" if layout == "diffusers" else (
-            "a LyCORIS file has lycoris' own layout, which ComfyUI reads, too; leave the layout out"
-        )  # fmt: skip
-        raise ConfigError([problem], "promote")
+    lycoris, folded = config.adapter.lora_type == "lycoris", fold and candidate.strength != 1
+    if lycoris and layout != "diffusers":
+        raise ConfigError(["a LyCORIS file has lycoris' own layout, which ComfyUI reads, too; leave the layout out"], "promote")
+    if lycoris and folded:
+        raise ConfigError(["a strength cannot be folded into a LyCORIS file; use it at that strength"], "promote")
     weights = weights_of(folder, config, candidate)
-    folded = fold and candidate.strength != 1
     if folded:
         weights = {name: weight * candidate.strength if ".lora_B." in name else weight for name, weight in weights.items()}
     notes = {"sd3tune.step": str(candidate.step), **_described(folder, config, out.stem)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import Rows, by_image, evaluation_levels, evaluation_loss, losses_of, mean
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event, seconds_of_a_forward
-from sd3tune.validation.pictures import Kind, newest_grid, of_shots, place_of, source_of
+from sd3tune.validation.pictures import Kind, Places, newest_grid, of_shots, source_of
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, by_strength, shots_of
 from sd3tune.validation.validator import base_rows, check, draw, painting
@@ -113,10 +112,10 @@ class Judge:
             with painting(config, self._transformer, self._cache.text, self._device) as painter:
                 if wanted:
                     with self._evaluating("base"):
-                        yield from draw(painter, wanted, source, partial(place_of, folder, 0, "base"))
+                        yield from draw(painter, wanted, source, Places(folder, 0, "base"))
                 for kind in self._kinds(config) if changed else ():
                     source = source_of(config, device, kind, step, folder.keep_adapter(self._weights(kind)))
-                    place = partial(place_of, folder, step, kind)
+                    place = Places(folder, step, kind)
                     for strength, alike in by_strength(shots):
                         with self._evaluating(kind, strength):
                             yield from draw(painter, alike, source, place)

@@ -47,7 +47,9 @@ class Picker:
     ) -> None:  # fmt: skip
         self.folder = RunFolder.of(run)
         marks = whole_checkpoints(self.folder, (steps,) if isinstance(steps, int) else steps)
-        self._own = config_at(self.folder, max(marks, default=0))
+        if not marks:
+            raise ConfigError(["steps is empty; leave it out for all checkpoints"], "the picker")
+        self._own = config_at(self.folder, max(marks))
         self.config = _with(self._own, prompts, settings)
         shares = tuple(dict.fromkeys((strengths,) if isinstance(strengths, int | float) else strengths))
         for share in shares:
@@ -57,7 +59,7 @@ class Picker:
         self.shots = tuple(dict.fromkeys(shot.base for shot in shots_of(self.config)))
         """Columns; what a candidate draws has its strength."""
         if not self.shots or not self.candidates:
-            raise ConfigError(["there is nothing to draw: name prompts, steps and strengths, at least one of each"], "the picker")
+            raise ConfigError(["there is nothing to draw: name a prompt, and a strength"], "the picker")
         self.losses = _losses(self.folder)
         """Step -> loss on the held-out pictures, where it was measured."""
         self.scores: dict[Candidate, ScoreRecord] = {}
@@ -163,7 +165,8 @@ class Picker:
 
     def _figures(self, candidate: Candidate) -> list[str]:
         loss, score = self.losses.get(candidate.step), self.scores.get(candidate)
-        return [f"loss {loss:.4f}"] * (loss is not None) + ([] if score is None else [f"CLIP {score.mean:.3f}"])
+        at = "" if candidate.strength == 1 else " at 1"  # evaluation knows no other strength
+        return ([] if loss is None else [f"loss {loss:.4f}{at}"]) + ([] if score is None else [f"CLIP {score.mean:.3f}"])
 
     def _repr_png_(self) -> bytes:
         return self.grid().png()

@@ -83,6 +83,8 @@ def folder(tmp_path: Path) -> RunFolder:
     rows.append({"type": "command", "step": 4, "name": "set", "value": {"learning_rate": 1e-4}, "refused": ""})
     rows.append({"type": "command", "step": 5, "name": "set", "value": {"lora_rank": 4}, "refused": "lora_rank cannot change"})
     rows.append({"type": "notice", "step": 6, "text": "<script>alert(1)</script> hf_" + "a1" * 17})
+    score = {"mean": 0.321, "min": 0.1, "max": 0.5, "std": 0.1, "base": 0.25, "reference": 0.375}
+    rows.append({"type": "clip", "step": 10, "kind": "adapter", **score, "scores": [0.1234, 0.5], "names": ["a <b>pot</b>", "cup"]})
     made.history.write_text("".join(json.dumps({**row, "time": time.time(), "segment": 0}) + "\n" for row in rows))
     made.manifest.write_text(json.dumps({"images_found": 16, "advice": ["lower the rate"], "datasets": [{"id": "some", "resolution": 64}]}))
     made.environment.write_text("# Python 3.11, Linux\nnumpy==2\ntorch==2.13\n")
@@ -123,6 +125,9 @@ def test_everything_is_there_and_nothing_is_fetched(folder: RunFolder) -> None:
     assert read.fetched == []
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<script" not in text
+    assert "mean 0.321; the base model&#x27;s pictures 0.250; real held-out pictures with their captions 0.375." in text
+    assert "not how good they look" in text, "how to read it stands beside it"
+    assert ["a <b>pot</b>", "0.123"] in read.rows
     assert "<b>" not in text
     assert ["step 6", "<script>alert(1)</script> ***"] in read.rows
     assert ["step 4", 'set {"learning_rate": 0.0001}'] in read.rows

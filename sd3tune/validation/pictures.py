@@ -149,19 +149,23 @@ def of_shots(folder: RunFolder, step: int, kind: Kind, shots: Sequence[Shot]) ->
     return [there[shot] for shot in shots if shot in there]
 
 
-def place_of(folder: RunFolder, step: int, kind: Kind, shot: Shot) -> Path:
-    """File of a shot's picture: ``00.png``, for the running average ``00-ema.png``; the base's are those of step 0.
+class Places:
+    """Files for the pictures of a step: ``00.png``, for the running average ``00-ema.png``; the base's are those of step 0.
 
     A shot that was drawn at this step has its file already; of the base model every setting counts, so that rows stay comparable.
     """
-    there = [found for found in drawn(folder, step) if found.kind == kind]
-    for found in there:
-        if found.shot == shot or (kind != "base" and found.shot.place == shot.place):
-            return found.path
-    return folder.images(step) / f"{len(there):02d}{ENDINGS[kind] if step or kind == 'base' else '-start'}.png"
 
+    def __init__(self, folder: RunFolder, step: int, kind: Kind) -> None:
+        self._folder, self._kind = folder.images(step), kind
+        self._ending = {"base": "", "adapter": "" if step else "-start", "ema": "-ema"}[kind]
+        self._taken = {self._key(found.shot): found.path for found in drawn(folder, step) if found.kind == kind}
 
-ENDINGS = {"base": "", "adapter": "", "ema": "-ema"}
+    def __call__(self, shot: Shot) -> Path:
+        """The file of a shot."""
+        return self._taken.setdefault(self._key(shot), self._folder / f"{len(self._taken):02d}{self._ending}.png")
+
+    def _key(self, shot: Shot) -> Any:
+        return shot if self._kind == "base" else shot.place
 
 
 def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int]) -> Grid:
@@ -186,7 +190,7 @@ def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[in
 def title(shot: Shot, among: Sequence[Shot]) -> str:
     """What tells a shot from others with the same prompt."""
     same = [other for other in among if other.prompt == shot.prompt]
-    parts = [shot.prompt or "no prompt"]
+    parts = [shot.name if len({other.name for other in same}) > 1 else shot.prompt or "no prompt"]
     if len({(other.width, other.height) for other in same}) > 1:
         parts.append(f"{shot.width}x{shot.height}")
     if len({other.seed for other in same}) > 1:

@@ -43,8 +43,8 @@ class Shot:
     @property
     def forwards(self) -> int:
         """Pictures that go through the model to draw it: guidance and skip-layer guidance count, and Heun's second looks."""
-        walked = 2 * self.steps - 1 if self.solver == "heun" else self.steps
-        return walked * (2 if self.guidance.scale > 1 else 1) + len(self.guidance.active_steps(walked))
+        walked = range(2 * self.steps - 1 if self.solver == "heun" else self.steps)
+        return sum((2 if self.guidance.scale > 1 else 1) + self.guidance.skips(step, self.steps) for step in walked)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""

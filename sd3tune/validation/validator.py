@@ -20,7 +20,7 @@ from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.kept import keep, kept
 from sd3tune.validation.painter import Drawn, Failed, Painter, Step
-from sd3tune.validation.pictures import Source, drawn, place_of, write_picture, write_problem
+from sd3tune.validation.pictures import Places, Source, drawn, write_picture, write_problem
 from sd3tune.validation.shots import Shot
 
 
@@ -67,8 +67,9 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callabl
 def base_rows(shots: Sequence[Shot], source: Source, folder: RunFolder) -> Iterator[ImageRecord | Shot]:
     """The base model's pictures that the run folder does not hold yet: copied from another run's, or a shot that is to be drawn."""
     there = {found.shot for found in drawn(folder, 0) if found.kind == "base" and found.path.exists()}
+    place = Places(folder, 0, "base")
     for shot in dict.fromkeys(shot.base for shot in shots):
         if shot in there:
             continue
         found = kept(shot, source)
-        yield shot if found is None else write_picture(place_of(folder, 0, "base", shot), *found[:1], shot, found[1], source)
+        yield shot if found is None else write_picture(place(shot), found[0], shot, found[1], source)

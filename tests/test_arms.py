@@ -73,15 +73,15 @@ class Noise:
         return Batch(ids=(str(k),), latent_BCHW=latent, joint_BLD=joint, pooled_BP=pooled)
 
 
-def base_of(flavour: str, folder: Path) -> tuple[Path, torch.dtype]:
+def base_of(flavour: str, folder: Path) -> Path:
     """A folder with the transformer's weights: the playground's own, or two blocks of a released one, random."""
     if flavour == "playground":
         from sd3tune import playground
 
-        return playground.MODEL / "transformer", torch.float32
+        return playground.MODEL / "transformer"
     if not folder.is_dir():
         components.random(flavour, layers=2).save_pretrained(folder)
-    return folder, torch.bfloat16
+    return folder
 
 
 def built(
@@ -130,9 +130,8 @@ def arms(precision: str) -> Iterator[tuple[str, bool]]:
                 yield kind, checkpointing
 
 
-def check(flavour: str, precision: str, tmp_path: Path, base: Path) -> None:
-    folder, dtype = base_of(flavour, base)
-    files = []
+def check(flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch.dtype = torch.float32) -> None:
+    folder, files = base_of(flavour, base), []
     for kind, checkpointing in arms(precision):
         model, network, weights, spec = built(folder, dtype, precision, kind, checkpointing=checkpointing)
         found = gradient(model, weights, dtype)
@@ -171,6 +170,13 @@ def check(flavour: str, precision: str, tmp_path: Path, base: Path) -> None:
 def test_arms_of_the_playground(tmp_path: Path, precision: str) -> None:
     """LoRA, DoRA where legal, and LoKr; with and without checkpointing."""
     check("playground", precision, tmp_path, tmp_path / "base")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_arms_in_bf16(tmp_path: Path, precision: str) -> None:
+    """The same in bf16; on the playground, because a CPU without bf16 of its own takes twenty times as long for the backward passes."""
+    check("playground", precision, tmp_path, tmp_path / "base", torch.bfloat16)
 
 
 @pytest.mark.full

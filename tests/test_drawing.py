@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workbench
+from hypothesis import given, settings
+from hypothesis import strategies as st_
 from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
@@ -104,6 +106,32 @@ def test_a_wrong_library_is_explained(given: Any, said: str) -> None:
     with pytest.raises(st.ConfigError, match="user_prompt_library") as error:
         st.presets.playground(user_prompt_library=given)
     assert said in str(error.value)
+
+
+KEYS = st_.sampled_from(["prompt", "caption", "negative", "seed", "steps", "guidance", "strength", "size", "other", ""])
+VALUES = st_.one_of(
+    st_.none(), st_.booleans(), st_.integers(), st_.floats(), st_.text(max_size=9), st_.sampled_from(["64x64", "0.5", "96"])
+)
+
+
+@given(st_.one_of(VALUES, st_.dictionaries(st_.one_of(st_.text(max_size=5), VALUES), st_.one_of(VALUES, st_.dictionaries(KEYS, VALUES)))))
+@settings(max_examples=300, deadline=None)
+def test_any_library_is_read_or_explained(found: Any) -> None:
+    """What has no problems makes shots; nothing raises anything else."""
+    if not library.problems(found):
+        for prompt in library.prompts_of(found):
+            assert isinstance(prompt.prompt, str)
+            assert prompt.size is None or all(side % 16 == 0 for side in parse_size(prompt.size))
+            assert prompt.seed is None or 0 <= prompt.seed < 2**32
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"shot": {}, "batch": []}', '{"shot": {"guidance": 1}, "batch": 7}'])
+def test_a_picture_with_damaged_settings_is_explained(tmp_path: Path, text: str) -> None:
+    info = PngInfo()
+    info.add_text("sd3tune", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    with pytest.raises(st.FileError, match="holds no settings of sd3tune that can be read"):
+        about(tmp_path / "x.png")
 
 
 def test_our_library_has_about_fifty_prompts() -> None:
@@ -312,7 +340,7 @@ def test_a_replay_sees_a_difference(run: st.Trainer, tmp_path: Path) -> None:
     with pytest.raises(st.FileError, match="lies in no run folder"):
         list(st.replay(tmp_path / "x.png"))
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    with pytest.raises(st.FileError, match="holds no settings of sd3tune"):
+    with pytest.raises(st.FileError, match="holds no settings of sd3tune that can be read"):
         list(st.replay(tmp_path / "plain.png"))
     with pytest.raises(st.FileError, match="there is no such picture"):
         list(st.replay(tmp_path / "none.png"))

@@ -105,12 +105,15 @@ def about(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as opened:
             opened.load()
-            return dict(json.loads(opened.info[KEY]))
+            found = dict(json.loads(opened.info[KEY]))
+        for row in (found["shot"], *found["batch"]):
+            Shot.of(row)
+        return {"adapter": found["adapter"], "kind": found["kind"], "step": found["step"], "versions": found["versions"], **found}
     except FileNotFoundError:
         raise FileError(f"{path}: there is no such picture") from None
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise FileError(
-            f"{path}: holds no settings of sd3tune ({error}); some programs and sites leave them out: use the original from the run folder"
+            f"{path}: holds no settings of sd3tune that can be read ({type(error).__name__}: {error}); some programs and sites leave them out: use the original from the run folder"
         ) from None
 
 

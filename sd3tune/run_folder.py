@@ -21,10 +21,10 @@ from sd3tune.files import (
     write_bytes,
     write_folder,
     write_text,
-    write_with,
 )
-from sd3tune.history import follow_segments, read_lines, smooth
+from sd3tune.history import follow_segments, read_lines
 from sd3tune.keeping import best_of
+from sd3tune.loss_chart import draw_losses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -248,21 +248,7 @@ class RunFolder:
 
     def save_loss_chart(self) -> None:
         """Draw the loss of every update, smoothed, with the evaluation losses. Raises: FileError."""
-        from matplotlib.figure import Figure
-
-        history = self.read_history()
-        steps = [r for r in history if r["type"] == "step" and r["loss"] is not None]
-        evals = [r for r in history if r["type"] == "eval"]
-        figure = Figure(figsize=(7, 3.2), layout="constrained")
-        axes = figure.add_subplot()
-        x, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
-        axes.plot(x, losses, color="#b8c4d6", linewidth=0.8, label="each update")
-        axes.plot(x, smooth(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
-        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o--", color="#c2410c", label="held-out pictures")
-        axes.set(xlabel="update", ylabel="loss")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        write_with(self.loss_chart, lambda draft: figure.savefig(draft, format="png", dpi=130))
+        draw_losses(self.read_history(), self.loss_chart)
 
 
 def picture_folders(folder: RunFolder) -> list[Path]:

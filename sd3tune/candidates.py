@@ -127,7 +127,7 @@ def promote(
     """
     if not candidate.step:
         raise CheckpointError(f"{folder.path}: nothing was learned yet at step 0; choose another step")
-    out = Path(path).absolute() if path is not None else _free(folder.picked)
+    out = Path(path).absolute() if path is not None else _free(folder.path / "picked.safetensors")
     if out.exists():
         raise FileError(f"{out}: is already there; give another name")
     if not candidate.mark:

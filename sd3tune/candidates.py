@@ -37,6 +37,7 @@ def adapter_file(folder: RunFolder, step: int) -> Path:
 def whole_checkpoints(folder: RunFolder, steps: Sequence[int] | None = None) -> dict[int, str]:
     """Step and adapter's SHA-256 of the checkpoints that read back whole and lead to where the run is now; those of ``steps``, or all.
 
+    Nothing was learned yet at step 0, so it is among them only when it is asked for: a row of the base model.
     Raises: CheckpointError when one that is asked for is not there, damaged or left behind, or when there is none at all.
     """
     there = {step_of(path): path for path in folder.checkpoints() if path.suffix != ".old"}
@@ -50,10 +51,10 @@ def whole_checkpoints(folder: RunFolder, steps: Sequence[int] | None = None) -> 
         found, absent = {}, []
     every = {step: found.get(step) or _examined(path, chain) for step, path in there.items()}
     marks = {step: mark for step, (mark, _) in every.items() if mark}
-    if steps is None and marks:
-        return marks
+    if steps is None and (learned := {step: mark for step, mark in marks.items() if step}):
+        return learned
     wrong = [why for step, (_, why) in every.items() if why and (steps is None or step in steps)]
-    known = f"there are {', '.join(map(str, marks))}" if marks else "there is no whole checkpoint to choose from"
+    known = f"there are {', '.join(map(str, marks))}" if any(marks) else "there is no whole checkpoint to choose from"
     raise CheckpointError(f"{folder.path}: {'; '.join([*absent, *wrong, known])}")
 
 
@@ -124,7 +125,9 @@ def promote(
     ``fold`` multiplies the strength into the file. Raises: CheckpointError when the checkpoint is gone or damaged, or the file is not what
     it should be; ConfigError for what LyCORIS cannot do; FileError when something lies at ``path`` already.
     """
-    out = Path(path).absolute() if path is not None else _free(folder.picked)
+    if not candidate.step:
+        raise CheckpointError(f"{folder.path}: nothing was learned yet at step 0; choose another step")
+    out = Path(path).absolute() if path is not None else _free(folder.path / "picked.safetensors")
     if out.exists():
         raise FileError(f"{out}: is already there; give another name")
     if not candidate.mark:

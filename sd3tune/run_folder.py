@@ -89,11 +89,6 @@ class RunFolder:
         return self.path / "lora-ema.safetensors"
 
     @property
-    def picked(self) -> Path:
-        """The adapter of a checkpoint that was chosen."""
-        return self.path / "picked.safetensors"
-
-    @property
     def picks(self) -> Path:
         """Pictures and votes from which a checkpoint is chosen."""
         return self.path / "picks"

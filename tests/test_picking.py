@@ -334,6 +334,20 @@ def test_what_a_run_left_behind_is_no_candidate(run: Path) -> None:
         whole_checkpoints(RunFolder(run), (4,))
 
 
+def test_the_untrained_adapter_is_no_candidate(bench: Workbench) -> None:
+    """A checkpoint of step 0 is drawn only when it is asked for, and never promoted."""
+    trainer = bench.trainer(**FAST, max_train_steps=1)
+    trainer.checkpoint()
+    with pytest.raises(CheckpointError, match="there is no whole checkpoint to choose from"):
+        Picker(trainer.folder.path)
+    trainer.step()
+    trainer.checkpoint()
+    assert [one.step for one in Picker(trainer.folder.path).candidates] == [1]
+    assert [one.step for one in Picker(trainer.folder.path, steps=(0, 1)).candidates] == [0, 1]
+    with pytest.raises(CheckpointError, match="nothing was learned yet at step 0; choose another step"):
+        promote(trainer.folder, Candidate(0))
+
+
 def test_the_newest_chain() -> None:
     """A segment counts up to where the next one on the way to now left it; one that was given up does not count."""
 
@@ -395,11 +409,14 @@ def test_each_pair_is_asked_once_and_votes_outlive_a_kill(picked: tuple[Path, li
     shutil.copytree(picked[0], path)
     child = os.fork()
     if child == 0:
-        picker = Picker(path)
-        for number, ballot in enumerate(picker.ballots()):
-            if number == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            picker.vote(ballot, "left")
+        try:
+            picker = Picker(path)
+            for number, ballot in enumerate(picker.ballots()):
+                if number == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                picker.vote(ballot, "left")
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     picker = Picker(path)
     first = list(read_votes(picker.votes_file))

@@ -20,9 +20,11 @@ import sd3tune as st
 from sd3tune.checkup import _publishing
 from sd3tune.cli import main
 from sd3tune.errors import CheckpointError, ModelError
-from sd3tune.reporting.card import card, sample_code
+from sd3tune.reporting.card import card
 from sd3tune.reporting.publishing import publish, write_problem
 from sd3tune.run_folder import RunFolder
+from sd3tune.validation.shots import shots_of
+from sd3tune.validation.snippet import sample_code
 
 TOKEN = "hf_" + "s3cr3t" * 4
 QUICK: dict[str, Any] = {"max_train_steps": 2, "lr_warmup_steps": 0, "validation_prompt": ("lock",), "eval_loss_disable": True}
@@ -252,7 +254,8 @@ def test_no_token_is_said_first(bench: Workbench, hub: Hub, monkeypatch: pytest.
 def test_the_cards_code_draws_the_runs_picture(finished: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Word for word, with the run folder as repository: the stock pipeline gives the last validation's picture; the base gives another."""
     monkeypatch.chdir(tmp_path)
-    code = sample_code(st.RunConfig.load(finished.config), str(finished.path))
+    config = st.RunConfig.load(finished.config)
+    code = sample_code(config, shots_of(config)[0], str(finished.path))
     exec(compile(code, "README.md", "exec"), {})
     drawn, kept = (
         np.asarray(Image.open(path).convert("RGB"), dtype=int) for path in (tmp_path / "picture.png", finished.images(2) / "00.png")
@@ -274,7 +277,8 @@ def test_the_card_says_what_it_is(finished: RunFolder) -> None:
     assert "`max_sequence_length=16`" in body
     assert "2 updates of 2 x 1 images" in body
     assert "12 images to learn from, 4 held out" in body
-    assert f"```python\n{sample_code(st.RunConfig.load(finished.config), finished.path.name)}```" in body
+    config = st.RunConfig.load(finished.config)
+    assert f"```python\n{sample_code(config, shots_of(config)[0], finished.path.name)}```" in body
     assert str(finished.path.parent.parent) not in text
     assert "learning_rate: 0.02" in body
 

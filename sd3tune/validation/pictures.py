@@ -113,7 +113,8 @@ def about(path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: there is no such picture") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise FileError(
-            f"{path}: holds no settings of sd3tune that can be read ({type(error).__name__}: {error}); some programs and sites leave them out: use the original from the run folder"
+            f"{path}: holds no settings of sd3tune that can be read ({type(error).__name__}: {error}); some programs and sites leave "
+            "them out: use the original from the run folder"
         ) from None
 
 

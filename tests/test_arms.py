@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sd3tune.models import adapters, components, lora_files
@@ -84,20 +86,25 @@ def base_of(flavour: str, folder: Path) -> Path:
     return folder
 
 
-def built(
-    folder: Path, dtype: torch.dtype, precision: str, kind: str, *, checkpointing: bool, whole: bool = False
-) -> tuple[Any, Any, Any, Any]:
-    """Model, LyCORIS network, weights and their description; ``whole`` writes quantised weights out."""
+def bases(folder: Path, dtype: torch.dtype, precision: str) -> tuple[Any, Any]:
+    """The quantised model, and the same with its weights written out."""
     from diffusers import SD3Transformer2DModel
 
     model = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(False).train()
     quantise(model, precision)
-    for name, module in list(model.named_modules()):
-        if whole and type(module) is not nn.Linear and isinstance(module, nn.Linear):
+    whole = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=dtype).requires_grad_(False).train()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear and isinstance(module, nn.Linear):
             plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, dtype=dtype).requires_grad_(False)
             plain.weight.copy_(dequantised(module).reshape(plain.weight.shape))
             plain.bias = module.bias
-            put(model, name, plain)
+            put(whole, name, plain)
+    return model, whole
+
+
+@contextmanager
+def with_adapter(model: Any, kind: str, *, checkpointing: bool) -> Iterator[tuple[Any, Any, Any]]:
+    """LyCORIS network, weights and their description of an adapter in a model, which then is as it was."""
     spec = Spec("attention", 4, 8.0, dora=kind == "dora")
     network, weights = add_lycoris(model, LOKR, seed=0) if kind == "lokr" else (None, adapters.add_lora(model, spec, seed=0))
     if checkpointing:
@@ -106,7 +113,15 @@ def built(
         for name, weight in weights.items():
             if "magnitude" not in name:
                 weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
-    return model, network, weights, spec
+    yield network, weights, spec
+    model.disable_gradient_checkpointing()
+    if network is not None:
+        network.restore()
+    else:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                put(model, name, module.get_base_layer())
+        model.peft_config, model._hf_peft_config_loaded = {}, False
 
 
 def engine(model: Any, weights: Any, dtype: torch.dtype) -> Engine:
@@ -130,35 +145,39 @@ def arms(precision: str) -> Iterator[tuple[str, bool]]:
                 yield kind, checkpointing
 
 
+def written(path: Path, network: Any, weights: Any, spec: Spec, folder: Path) -> Path:
+    """An adapter's file."""
+    if network is not None:
+        save_lycoris(path, network, weights, {}, LOKR)
+        return path
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        skeleton = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
+    lora_files.save_lora(path, weights, spec, skeleton=skeleton, notes={})
+    return path
+
+
 def check(flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch.dtype = torch.float32) -> None:
     folder, files = base_of(flavour, base), []
+    quantised, whole = bases(folder, dtype, precision)
     for kind, checkpointing in arms(precision):
-        model, network, weights, spec = built(folder, dtype, precision, kind, checkpointing=checkpointing)
-        found = gradient(model, weights, dtype)
-        assert found.isfinite().all()
-        assert found.any()
-        plain, _, same, _ = built(folder, dtype, precision, kind, checkpointing=False, whole=True)
-        expected = gradient(plain, same, dtype)
-        error = float((found - expected).norm() / expected.norm())
-        print(f"{flavour} {precision} {kind} checkpointing {checkpointing}: gradients differ by {error:.1e}")
-        assert error < AGREEMENT[dtype], (kind, checkpointing)
-        del plain, same
-        first = engine(model, weights, dtype)
-        first.update(peak_learning_rate=1e-4)
-        state = first.state_dict()
-        wanted = first.update(peak_learning_rate=1e-4).loss
-        first.load_state_dict(state)
-        assert first.update(peak_learning_rate=1e-4).loss == wanted, "a resumed update is the same"
-        path = tmp_path / f"{kind}-{checkpointing}.safetensors"
-        if network is not None:
-            save_lycoris(path, network, weights, {}, LOKR)
-        else:
-            from diffusers import SD3Transformer2DModel
-
-            with torch.device("meta"):
-                skeleton = SD3Transformer2DModel.from_config(SD3Transformer2DModel.load_config(folder))
-            lora_files.save_lora(path, weights, spec, skeleton=skeleton, notes={})
-        files.append(str(path))
+        with with_adapter(whole, kind, checkpointing=False) as (_, weights, _):
+            expected = gradient(whole, weights, dtype)
+        with with_adapter(quantised, kind, checkpointing=checkpointing) as (network, weights, spec):
+            found = gradient(quantised, weights, dtype)
+            assert found.isfinite().all()
+            assert found.any()
+            error = float((found - expected).norm() / expected.norm())
+            print(f"{flavour} {dtype} {precision} {kind} checkpointing {checkpointing}: gradients differ by {error:.1e}")
+            assert error < AGREEMENT[dtype], (kind, checkpointing)
+            first = engine(quantised, weights, dtype)
+            first.update(peak_learning_rate=1e-4)
+            state = first.state_dict()
+            wanted = first.update(peak_learning_rate=1e-4).loss
+            first.load_state_dict(state)
+            assert first.update(peak_learning_rate=1e-4).loss == wanted, "a resumed update is the same"
+            files.append(str(written(tmp_path / f"{kind}-{checkpointing}.safetensors", network, weights, spec, folder)))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ, str(folder), *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for file, (missing, unexpected, count) in json.loads(done.stdout.splitlines()[-1]).items():

@@ -130,8 +130,8 @@ class Judge:
         for kind in kinds:
             rows = base if kind == "base" else of_shots(folder, step, kind, shots)
             try:
-                record = self._scoring.of_drawn(config, kind, rows, base, self._cache.plan.catalog, step)
-            except ModelError as error:
+                record = self._scoring.of_drawn(config, kind, rows, base, self._cache.plan, step)
+            except (ModelError, RuntimeError) as error:
                 yield NoticeRecord(step=step, text=f"pictures are not scored: {error}")
                 return
             if record is not None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from sd3tune.candidates import Promoted, adapter_file, config_at, promote, weights_of, whole_checkpoints
 from sd3tune.config.schema import RunConfig
-from sd3tune.data.catalog import Catalog
 from sd3tune.errors import ConfigError, ModelError, TrainingError
 from sd3tune.files import digest
 from sd3tune.history import newest_chain, read_lines
@@ -143,11 +142,11 @@ class Picker:
 
     def _score(self) -> Iterator[Record]:
         scoring = Scoring(components.pick_device())
-        base, nothing = of_shots(self.folder, 0, "base", self.shots), Catalog((), (), (), ())
+        base = of_shots(self.folder, 0, "base", self.shots)
         for candidate in self.candidates:
             rows = self._there(candidate)
             try:
-                record = scoring.of_drawn(self.config, "adapter", [*rows.values()], base, nothing, candidate.step)
+                record = scoring.of_drawn(self.config, "adapter", [*rows.values()], base, None, candidate.step)
             except ModelError as error:
                 yield NoticeRecord(step=candidate.step, text=f"pictures are not scored: {error}")
                 return

@@ -19,7 +19,7 @@ from sd3tune.config.reading import frozen, is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
-from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, TrainingError
+from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, ModelError, TrainingError
 from sd3tune.files import digest
 from sd3tune.judging import Judge
 from sd3tune.manifest import Manifest
@@ -270,7 +270,7 @@ class Trainer:
                 continue
             yield self.note(name.lower())
             if name == "SAMPLE" and self.config.prompts:
-                yield from self.validation()
+                yield from self._drawn()
             elif name == "SAVE":
                 self.secure()
             elif name == "STOP":
@@ -293,7 +293,7 @@ class Trainer:
         if self._judge.evaluation_due(config, step):
             yield from self._evaluated()
         if self._judge.drawing_due(config, step):
-            yield from self.validation()
+            yield from self._drawn()
 
     def _evaluated(self) -> Iterator[Record]:
         """Evaluate; keep the state if it is the best so far."""
@@ -326,7 +326,16 @@ class Trainer:
         if self.cache.plan.evaluation:
             yield from self._evaluated()
         if self.config.prompts and draw:
+            yield from self._drawn()
+
+    def _drawn(self) -> Iterator[Record]:
+        """Draw; what cannot be loaded for it ends a run that begins, and costs one that goes on no more than the pictures."""
+        try:
             yield from self.validation()
+        except ModelError as error:
+            if not self.steps_done:
+                raise
+            yield self.notice(f"no pictures were drawn: {error}")
 
     def _finish(self) -> Iterator[Record]:
         """Save first, then judge."""

@@ -285,6 +285,28 @@ def test_a_failed_cell_stands_in_the_grid(bench: Workbench, monkeypatch: pytest.
     trainer.grid().image()
 
 
+def test_what_cannot_be_loaded_costs_the_pictures_alone(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for the autoencoder in mid-run, or for the scorer: a notice, and the run ends with its adapter."""
+    trainer = bench.trainer(max_train_steps=6, validation_on_startup=False, evaluation_type="clip", num_eval_images=1)
+    trainer.run(1).__next__()
+    list(trainer.run(2))
+
+    def full(*_: Any) -> Any:
+        raise st.ModelError("the autoencoder needs more memory than there is")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(components, "load_vae", full)
+        said = [record.text for record in trainer.run() if isinstance(record, NoticeRecord)]
+    assert said == ["no pictures were drawn: the autoencoder needs more memory than there is"]
+    assert trainer.folder.lora.exists()
+    monkeypatch.setattr("sd3tune.models.clip.Scorer.load", full)
+    found = list(trainer.validation())
+    assert [record.text for record in found if isinstance(record, NoticeRecord)] == [
+        "pictures are not scored: the autoencoder needs more memory than there is"
+    ]
+    assert len([record for record in found if isinstance(record, ImageRecord)]) >= 2
+
+
 def test_a_sentence_fits_into_its_cell() -> None:
     grid = Grid((("a", ("a very long reason " * 40, None)),), ("x", "y"))
     assert grid.image().size == Grid((("a", (None, None)),), ("x", "y")).image().size

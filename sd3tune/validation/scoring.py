@@ -11,8 +11,8 @@ from PIL import Image
 from sd3tune import playground
 from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import Evaluation
-from sd3tune.data.catalog import Catalog
 from sd3tune.data.images import read_rgb
+from sd3tune.data.planning import Plan
 from sd3tune.errors import DataError, ModelError
 from sd3tune.models.clip import Scorer, summary
 from sd3tune.records import ScoreRecord
@@ -29,7 +29,7 @@ class Scoring:
         """Model, picture's file and text -> score, of pictures that do not change."""
 
     def of_drawn(
-        self, config: RunConfig, kind: str, drawn: Sequence[Found], base: Sequence[Found], catalog: Catalog, step: int
+        self, config: RunConfig, kind: str, drawn: Sequence[Found], base: Sequence[Found], plan: Plan | None, step: int
     ) -> ScoreRecord | None:
         """The scores of drawn pictures, without the one of no prompt; nothing when there are none. Raises: ModelError."""
         rows = [found for found in drawn if found.shot.prompt]
@@ -41,7 +41,7 @@ class Scoring:
         return ScoreRecord(
             step=step, kind=kind, mean=found.mean, min=found.min, max=found.max, std=found.std, scores=scores,
             names=tuple(found.shot.name for found in rows), base=self._mean(config, base),
-            reference=self._reference(config, catalog), truncated=len(self._scorer(config).truncated(texts)),
+            reference=None if plan is None else self._reference(config, plan), truncated=len(self._scorer(config).truncated(texts)),
         )  # fmt: skip
 
     def scores(self, config: RunConfig, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[float, ...]:
@@ -54,8 +54,9 @@ class Scoring:
         try:
             with scorer.on(self._device):
                 return scorer.scores(pictures, prompts)
-        except ModelError:  # no room there: slower, but the same
-            return scorer.scores(pictures, prompts)
+        except (ModelError, torch.OutOfMemoryError):  # no room there: slower on the CPU, and the same
+            pass
+        return scorer.scores(pictures, prompts)
 
     def _scorer(self, config: RunConfig) -> Scorer:
         name = scorer_name(config)
@@ -66,10 +67,11 @@ class Scoring:
     def _mean(self, config: RunConfig, base: Sequence[Found]) -> float | None:
         return self._kept(config, [(found.path, found.shot.prompt) for found in base if found.shot.prompt])
 
-    def _reference(self, config: RunConfig, catalog: Catalog) -> float | None:
-        """Of the real pictures of data sets to evaluate on, with their captions, also when their loss is left out."""
-        held = [item for item in catalog.items if item.dataset.dataset_type == "eval" and item.caption]
-        return self._kept(config, [(item.path, item.caption) for item in held[: config.evaluation.num_eval_images]])
+    def _reference(self, config: RunConfig, plan: Plan) -> float | None:
+        """Of the held-out pictures with their captions; of those of data sets to evaluate on also when their loss is left out."""
+        held = [p.item for p in plan.evaluation] or [item for item in plan.catalog.items if item.dataset.dataset_type == "eval"]
+        captioned = [(item.path, item.caption) for item in held if item.caption]
+        return self._kept(config, captioned[: config.evaluation.num_eval_images])
 
     def _kept(self, config: RunConfig, rows: Sequence[tuple[Path, str]]) -> float | None:
         name = scorer_name(config)

@@ -37,7 +37,6 @@ class Judge:
 
     def __init__(self, engine: Engine, transformer: Any, network: Any, cache: Cache, device: torch.device) -> None:
         self._engine, self._transformer, self._network, self._cache, self._device = engine, transformer, network, cache, device
-        self._prior = Prior(engine.velocity, transformer, network)
         self._scoring = Scoring(device)
         self._base: dict[tuple[Any, ...], Rows] = {}
 
@@ -177,7 +176,7 @@ class Judge:
             with ExitStack() as stack:
                 stack.enter_context(self._engine.judged(ema=kind == "ema"))
                 if kind == "base":
-                    stack.enter_context(self._prior.base())
+                    stack.enter_context(Prior(self._engine.velocity, self._transformer, self._network).base())
                 elif self._network is None:
                     stack.enter_context(adapters.scaled(self._transformer, strength))
                 else:

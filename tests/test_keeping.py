@@ -401,7 +401,7 @@ def test_a_checkpoint_can_be_chosen(bench: Workbench) -> None:
 
 
 def test_new_prompts_in_mid_run(bench: Workbench) -> None:
-    """A prompt that was not read is refused with the way to do it; then it is drawn, and the row before stays blank there."""
+    """A prompt that was not read is refused with the way to do it; then it is drawn, by the base model, too."""
     trainer = bench.trainer(validation_prompt="lock", max_train_steps=6, eval_loss_disable=True)
     for _ in drive(trainer, until=1):
         pass
@@ -414,7 +414,8 @@ def test_new_prompts_in_mid_run(bench: Workbench) -> None:
     assert "reading 1 new prompts loads the text encoders into" in getattr(records[0], "text", "")
     assert not trainer.set(validation_prompt=("a pot of stew", "lock")).refused
     rows = trainer.validate().rows
-    assert [picture is None for picture in rows[0][1]] == [True, False]
+    assert [label for label, _ in rows][:2] == ["base model", "LoRA, step 1"]
+    assert [picture is None for picture in rows[0][1]] == [False, False]
     assert [picture is None for picture in rows[1][1]] == [False, False]
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 import sd3tune as st
 from sd3tune import playground
 from sd3tune.config.library import HELD_OUT
+from sd3tune.data.images import read_rgb
 from sd3tune.models.clip import Scorer, summary
 from sd3tune.validation.pictures import drawn
 
@@ -49,7 +50,7 @@ def main() -> None:
                     f"difference {statistics.mean(rise):+.3f} (2 standard errors {error:.3f})",
                     flush=True,
                 )
-    real = [Image.open(playground.PICTURES / "heldout" / f"{'-'.join(caption.split())}.png").convert("RGB") for caption in HELD_OUT]
+    real = [read_rgb(playground.PICTURES / "heldout" / f"{'-'.join(caption.split())}.png") for caption in HELD_OUT]
     shuffled = [summary(scorer.scores(real, rotated(HELD_OUT, seed))).mean for seed in range(3)]
     own = summary(scorer.scores(real, HELD_OUT))
     print(f"real pictures: own captions {own}, shuffled {', '.join(f'{mean:.3f}' for mean in shuffled)}")

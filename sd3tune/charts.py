@@ -36,13 +36,13 @@ def line(losses: Sequence[Point], evals: Sequence[Point] = (), *, total: int = 0
     return f"{frame}{''.join(parts)}</svg>"
 
 
-def held_out(evals: Sequence[Point]) -> str:
-    """The loss on held-out pictures alone, on its own scale, so that small differences are seen."""
+def held_out(evals: Sequence[Point], name: str = "loss on held-out pictures") -> str:
+    """The loss on held-out pictures alone (or another number that is measured now and then), on its own scale."""
     shown = [(x, y) for x, y in evals if math.isfinite(y)]
     scale = _Scale(shown or [(0, 0.0)], 0)
     dots = "".join(f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" fill="{_HELD}" stroke="none"/>' for x, y in shown)
-    body = f'{scale.axes("loss on held-out pictures")}<path d="{scale.path(thinned(shown))}" stroke="{_HELD}" stroke-width="2"/>{dots}'
-    return f"{_frame(spoken(shown, name='loss on held-out pictures'))}{body}</svg>"
+    body = f'{scale.axes(name)}<path d="{scale.path(thinned(shown))}" stroke="{_HELD}" stroke-width="2"/>{dots}'
+    return f"{_frame(spoken(shown, name=name))}{body}</svg>"
 
 
 def levels(counts: Sequence[int]) -> str:

@@ -182,14 +182,14 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     curves = []
     for kind, name in (("adapter", "CLIP score"), ("ema", "CLIP score of the average")):
-        points = [(row["step"], row["mean"]) for row in rows if row["kind"] == kind]
-        curves += [f"<div>{charts.line(points, name=name)}</div>"] if points else []
+        points = [(row["step"], row["mean"]) for row in rows if row["kind"] in (kind, "base")]
+        curves += [f"<div>{charts.held_out(points, name)}</div>"] if points else []
     last = rows[-1]
     beside = (("the base model's pictures", last["base"]), ("real held-out pictures with their captions", last["reference"]))
     said = "; ".join(f"{name} {value:.3f}" for name, value in beside if value is not None)
     table = _table([(escape(name), f"{score:.3f}") for name, score in zip(last["names"], last["scores"], strict=True)])
     text = f"<p>At step {last['step']}: mean {last['mean']:.3f}{'; ' * bool(said)}{said}. {escape(READING)}</p>"
-    return f'{text}<div class="two">{"".join(curves)}</div><details><summary>each prompt</summary>{table}</details>'
+    return f'{text}<div class="two">{"".join(curves)}<div></div></div><details><summary>each prompt</summary>{table}</details>'
 
 
 def _happened(history: Sequence[Mapping[str, Any]]) -> str:

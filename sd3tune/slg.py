@@ -122,11 +122,11 @@ class SlgGrid:
         """What is drawn so far."""
         rows = []
         for number, (layers, scale) in enumerate(self.rows):
-            label = f"skip {', '.join(map(str, layers))} x {scale:g}" if layers else "no skip-layer guidance"
+            label = f"skip {', '.join(map(str, layers))} x {scale:g}" if layers else "without"
             found = [self.cells.get((number, column)) for column in range(len(self.cfgs))]
             scores = [f"{c.clip:.3f}" for c in found if c is not None and c.clip is not None]
             cells = tuple(None if cell is None else cell.picture for cell in found)
-            rows.append((label + (f" (CLIP {' '.join(scores)})" if scores else ""), cells))
+            rows.append((label + (f"\nCLIP {' '.join(scores)}" if scores else ""), cells))
         return Grid(tuple(rows), tuple(f"guidance {cfg:g}" for cfg in self.cfgs))
 
     def _repr_png_(self) -> bytes:

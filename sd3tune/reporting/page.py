@@ -183,7 +183,7 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> str:
     curves = []
     for kind, name in (("adapter", "CLIP score"), ("ema", "CLIP score of the average")):
         points = [(row["step"], row["mean"]) for row in rows if row["kind"] in (kind, "base")]
-        curves += [f"<div>{charts.held_out(points, name)}</div>"] if points else []
+        curves += [f"<div>{charts.held_out(points, name)}</div>"] if kind in {row["kind"] for row in rows} else []
     last = rows[-1]
     beside = (("the base model's pictures", last["base"]), ("real held-out pictures with their captions", last["reference"]))
     said = "; ".join(f"{name} {value:.3f}" for name, value in beside if value is not None)

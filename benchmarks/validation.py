@@ -22,7 +22,7 @@ from sd3tune import playground
 from sd3tune.config.library import PLAYGROUND
 from sd3tune.models.components import pick_device
 from sd3tune.models.tiny import as_jpeg, load_tiny, previews
-from sd3tune.sampling import loaded, texts_of
+from sd3tune.sampling import texts_of
 from sd3tune.validation.painter import Drawn
 from sd3tune.validation.shots import shots_of
 from sd3tune.validation.validator import painting
@@ -65,9 +65,8 @@ def arms_of(config: st.RunConfig, device: torch.device, count: int) -> dict[str,
     stock = StableDiffusion3Pipeline.from_pretrained(playground.MODEL, torch_dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     texts, shots = texts_of(config), shots_of(config)
-    model = loaded(config, None, device).__enter__()[0]
-    plain = painting(config, model, texts.text, device).__enter__()
-    shown = painting(config.replace(validation_preview=True), model, texts.text, device).__enter__()
+    plain = painting(config, stock.transformer, texts.text, device).__enter__()
+    shown = painting(config.replace(validation_preview=True), stock.transformer, texts.text, device).__enter__()
     negative = texts.text("")
 
     def pipeline(rows: slice) -> None:

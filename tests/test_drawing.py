@@ -330,6 +330,21 @@ def test_a_run_draws_each_row(run: st.Trainer) -> None:
     assert all(isinstance(cell, Image.Image) for label, row in run.grid().rows for cell in row if label != "reference")
 
 
+def test_the_base_row_is_without_the_adapter_whenever_it_is_drawn(bench: Workbench) -> None:
+    """After some updates the base model's picture is that of before them, and another seed gives another one."""
+    settings: dict[str, Any] = {"validation_prompt": "lock", "validation_seed": 777, "num_validation_images": 2, "learning_rate": 1e-2}
+    trainer = bench.trainer(max_train_steps=6, validation_on_startup=False, num_eval_images=1, **settings)
+    before = [event.picture for event in trainer.painted(shots_of(trainer.config)) if isinstance(event, Drawn)]
+    for _ in range(5):
+        trainer.step()
+    list(trainer.validation())
+    base = [Image.open(found.path) for found in drawn(trainer.folder, 0)]
+    own = [Image.open(found.path) for found in drawn(trainer.folder, 5)]
+    assert [one.tobytes() == other.convert("RGB").tobytes() for one, other in zip(before, base, strict=True)] == [True, True]
+    assert [one.tobytes() == other.convert("RGB").tobytes() for one, other in zip(before, own, strict=True)] == [False, False]
+    assert before[0].tobytes() != before[1].tobytes()
+
+
 def test_every_picture_is_drawn_again_bit_for_bit(run: st.Trainer) -> None:
     """Base, adapter and average, at half strength, of two sizes, with skip-layer guidance and without a prompt."""
     paths = sorted(path for at in (0, 3, 6) for path in run.folder.images(at).glob("*.png"))

@@ -15,7 +15,6 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.data.buckets import Placement
 from sd3tune.data.timeline import passes
 from sd3tune.errors import ModelError, TrainingError
-from sd3tune.models import adapters, lycoris_adapters
 from sd3tune.records import EvalRecord, NoticeRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.training.engine import Engine
@@ -26,7 +25,7 @@ from sd3tune.validation.painter import Event, seconds_of_a_forward
 from sd3tune.validation.pictures import Kind, Places, newest_grid, of_shots, source_of
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, by_strength, shots_of
-from sd3tune.validation.validator import base_rows, check, draw, painting
+from sd3tune.validation.validator import at_strength, base_rows, check, draw, painting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,7 +98,7 @@ class Judge:
         One record per sampler step and per picture. The grid is then on disk.
         """
         shots, device, step = shots_of(config), str(self._device), self._engine.updates
-        source = source_of(config, device, "base", 0)
+        source = source_of(config, self._cache, device, "base", 0)
         wanted: list[Shot] = []
         for found in base_rows(shots, source, folder):
             if isinstance(found, Shot):
@@ -113,7 +112,7 @@ class Judge:
                     with self._evaluating("base"):
                         yield from draw(painter, wanted, source, Places(folder, 0, "base"))
                 for kind in self._kinds(config) if changed else ():
-                    source = source_of(config, device, kind, step, folder.keep_adapter(self._weights(kind)))
+                    source = replace(source, kind=kind, step=step, adapter=folder.keep_adapter(self._weights(kind)))
                     place = Places(folder, step, kind)
                     for strength, alike in by_strength(shots):
                         with self._evaluating(kind, strength):
@@ -177,10 +176,8 @@ class Judge:
                 stack.enter_context(self._engine.judged(ema=kind == "ema"))
                 if kind == "base":
                     stack.enter_context(Prior(self._engine.velocity, self._transformer, self._network).base())
-                elif self._network is None:
-                    stack.enter_context(adapters.scaled(self._transformer, strength))
                 else:
-                    stack.enter_context(lycoris_adapters.scaled(self._network, strength))
+                    stack.enter_context(at_strength(self._transformer, self._network, strength))
                 yield
         finally:
             for model, was in zip(models, training, strict=True):

@@ -19,7 +19,7 @@ from sd3tune.models import components
 from sd3tune.models.lora_layouts import Layout
 from sd3tune.records import EvalRecord, NoticeRecord, Record, ScoreRecord
 from sd3tune.run_folder import RunFolder
-from sd3tune.sampling import at_strength, exchange, loaded, texts_of
+from sd3tune.sampling import exchange, loaded, texts_of
 from sd3tune.shown import duration
 from sd3tune.validation import votes
 from sd3tune.validation.grids import Grid
@@ -27,7 +27,7 @@ from sd3tune.validation.painter import seconds_of_a_forward
 from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, of_shots, opened, source_of, title
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, shots_of, together
-from sd3tune.validation.validator import draw, painting
+from sd3tune.validation.validator import at_strength, draw, painting
 from sd3tune.validation.votes import Answer, Ballot, Candidate, Ranking
 
 
@@ -136,7 +136,7 @@ class Picker:
             for candidate, shots in missing.items():
                 weights = weights_of(self.folder, config, candidate)
                 exchange(transformer, network, weights, f"{self.folder.path}, step {candidate.step}")
-                source = source_of(config, str(device), "adapter", candidate.step, self.folder.keep_adapter(weights))
+                source = source_of(config, texts, str(device), "adapter", candidate.step, self.folder.keep_adapter(weights))
                 with at_strength(transformer, network, candidate.strength):
                     yield from draw(painter, shots, source, partial(self.place, candidate))
 

@@ -13,13 +13,13 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, FileError
 from sd3tune.files import write_with
 from sd3tune.models import components
-from sd3tune.records import NoticeRecord, PreviewRecord, Record
+from sd3tune.records import NoticeRecord, Record
 from sd3tune.run_folder import RunFolder
-from sd3tune.sampling import at_strength, loaded, run_of, texts_of
+from sd3tune.sampling import loaded, run_of, texts_of
 from sd3tune.validation.painter import Drawn, Failed, Step
-from sd3tune.validation.pictures import about, record_of, source_of
+from sd3tune.validation.pictures import about, opened, record_of, source_of
 from sd3tune.validation.shots import Shot
-from sd3tune.validation.validator import painting
+from sd3tune.validation.validator import at_strength, painting, preview_of
 
 
 def redraw(picture: Path) -> Iterator[Record]:
@@ -39,16 +39,17 @@ def redraw(picture: Path) -> Iterator[Record]:
         validation_disable=False, validation_preview=False,
     )  # fmt: skip
     adapter, device = adapter_of(folder, facts["adapter"]), components.pick_device()
-    source = source_of(config, str(device), facts["kind"], step, facts["adapter"])
+    texts = texts_of(config)
+    source = source_of(config, texts, str(device), facts["kind"], step, facts["adapter"])
     found: Drawn | None = None
     with (
         loaded(config, adapter, device) as (transformer, network),
         at_strength(transformer, network, shot.strength) if adapter else nullcontext(),
-        painting(config, transformer, texts_of(config).text, device) as painter,
+        painting(config, transformer, texts.text, device) as painter,
     ):
         for event in painter.draw(batch, len(batch)):
             if isinstance(event, Step):
-                yield PreviewRecord(step=step, prompt=shot.prompt, sampler_step=event.done, sampler_steps=event.steps, count=len(batch))
+                yield preview_of(event, step)
             elif isinstance(event, Failed):
                 raise CheckpointError(f"{picture}: cannot be drawn again: {event.why}")
             elif isinstance(event, Drawn) and event.shot == shot:
@@ -72,8 +73,7 @@ def adapter_of(folder: RunFolder, mark: str) -> Path | None:
 
 def verdict(picture: Path, again: Image.Image, facts: dict[str, Any], device: str, versions: Any) -> str:
     """Whether two pictures are the same, and what else is not as it was."""
-    with Image.open(picture) as opened:
-        bands = ImageChops.difference(opened.convert("RGB"), again).split()
+    bands = ImageChops.difference(opened(picture), again).split()
     most = max(int(band.getextrema()[1]) for band in bands)  # type: ignore[arg-type]
     if not most:
         return f"{picture.name}: drawn again, and the same, bit for bit"

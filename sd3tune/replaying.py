@@ -33,9 +33,7 @@ def replay(run_folder: str | Path, cache: Cache | None = None) -> Iterator[Recor
     if path.is_file() or path.suffix == ".png":
         yield from redraw(path)
         return
-    folder = RunFolder(path)
-    if not folder.config.exists():
-        raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
+    folder = RunFolder.of(path)
     recorded = shared_out(RunConfig.load(folder.config), started())
     quiet = recorded.replace(
         output_dir=str(folder.path.with_name(f"{folder.path.name}-replay")),

@@ -32,9 +32,7 @@ def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumabl
     """
     path = Path(run).absolute()
     step = step_of(path) if path.parent.name == "checkpoints" else None
-    folder = RunFolder(path if step is None else path.parent.parent)
-    if not folder.config.exists():
-        raise CheckpointError(f"{folder.path}: not a run folder (there is no config.yaml)")
+    folder = RunFolder.of(path if step is None else path.parent.parent)
     state = processes.by_main(lambda: folder.read_checkpoint(step))
     config = shared_out(RunConfig.load(folder.config), processes.count)
     cache = cache or rebuild_cache(folder, config, processes)

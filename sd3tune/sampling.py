@@ -26,9 +26,9 @@ from sd3tune.models.encoders import encoders
 from sd3tune.records import ImageRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.pictures import source_of
+from sd3tune.validation.pictures import opened, source_of
 from sd3tune.validation.shots import Shot, by_strength, shots_of
-from sd3tune.validation.validator import check, draw, painting
+from sd3tune.validation.validator import at_strength, check, draw, painting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ def sample(
     if failed := next((record for record in found if record.problem), None):
         raise TrainingError(f"{failed.prompt!r} could not be drawn: {failed.problem}")
     return Samples(
-        tuple(_opened(Path(record.path)) for record in found),
+        tuple(opened(Path(record.path)) for record in found),
         tuple(Path(record.path) for record in found), tuple(record.prompt for record in found),
     )  # fmt: skip
 
@@ -85,7 +85,7 @@ def drawing(
     check(chosen, components.skeleton(chosen), device)
     texts = texts_of(chosen)
     with loaded(chosen, adapter, device) as (transformer, network), painting(chosen, transformer, texts.text, device) as painter:
-        source = source_of(chosen, str(device), "adapter", 0, file_digest(adapter))
+        source = source_of(chosen, texts, str(device), "adapter", 0, file_digest(adapter))
         for strength, alike in by_strength(shots_of(chosen)):
             with at_strength(transformer, network, strength):
                 yield from draw(painter, alike, source, lambda shot: new_file(Path(out).absolute(), shot))
@@ -153,13 +153,7 @@ def loaded(config: RunConfig, adapter: Path | None, device: torch.device) -> Ite
 
 def put_in(transformer: Any, config: RunConfig, adapter: Path) -> Any:
     """Add an adapter's file to a transformer; its LyCORIS network, if it is one. Raises: CheckpointError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(adapter, framework="pt") as opened:
-            metadata, names = opened.metadata() or {}, list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{adapter}: cannot be read as safetensors ({error})") from None
+    held, metadata = lora_layouts.read_tensors(adapter, f"{adapter}:")
     if "lycoris_config" in metadata or (run_of(adapter) is not None and config.adapter.lora_type == "lycoris"):
         described = json.loads(metadata["lycoris_config"]) if "lycoris_config" in metadata else None
         network, weights = lycoris_adapters.add_lycoris(
@@ -167,11 +161,10 @@ def put_in(transformer: Any, config: RunConfig, adapter: Path) -> Any:
         )
         starting.begin_lycoris(adapter, weights)
         return network
-    if names and all(name.startswith("transformer_blocks.") for name in names):
-        weights = adapters.add_lora(transformer, spec_of(config), seed=0)
-        starting.begin_exactly(adapter, weights)
+    if held and all(name.startswith("transformer_blocks.") for name in held):  # the names of a checkpoint
+        starting.exchange(str(adapter), adapters.add_lora(transformer, spec_of(config), seed=0), held)
         return None
-    lora = lora_layouts.read(adapter)
+    lora = lora_layouts.parse(held, metadata, str(adapter))
     merging.check_fit(lora, config, str(adapter))
     spec = spec_of_file(lora)
     starting.begin_with(adapter, adapters.add_lora(transformer, spec, seed=0), spec)
@@ -193,17 +186,3 @@ def spec_of_file(lora: lora_layouts.LoraFile) -> adapters.Spec:
     ranks = {re.escape(name): layer.rank for name, layer in lora.layers.items() if layer.rank != most}
     dora = any(layer.magnitude is not None for layer in lora.layers.values())
     return adapters.Spec(tuple(lora.layers), most, float(most), dora=dora, ranks=ranks)
-
-
-@contextmanager
-def at_strength(transformer: Any, network: Any, strength: float) -> Iterator[None]:
-    """A share of the adapter's change, for the duration of the block."""
-    with adapters.scaled(transformer, strength) if network is None else lycoris_adapters.scaled(network, strength):
-        yield
-
-
-def _opened(path: Path) -> Image:
-    from PIL import Image
-
-    with Image.open(path) as opened:
-        return opened.convert("RGB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import ImageChops, ImageStat
 
 from sd3tune.errors import ConfigError, TrainingError
-from sd3tune.records import NoticeRecord, PreviewRecord, Record
+from sd3tune.records import NoticeRecord, Record
 from sd3tune.shown import duration
 from sd3tune.trainer import Trainer
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Drawn, Failed, Said, Step
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.validator import preview_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +56,8 @@ class SlgGrid:
         self._trainer, self.rows, self.cfgs, self.shot = trainer, (((), 0.0), *rows), tuple(cfgs), shot
         self.cells: dict[tuple[int, int], CellRecord] = {}
         """Row and column -> what was drawn there."""
-        self.forwards = sum(self._forwards(row, cfg) for row in self.rows for cfg in self.cfgs)
+        places = [(row, column) for row in range(len(self.rows)) for column in range(len(self.cfgs))]
+        self.forwards = sum(self._shot(*place).forwards for place in places)
         """Pictures that go through the model, in all."""
         self._each: float | None = None
 
@@ -65,9 +66,8 @@ class SlgGrid:
         layers, scale = self.rows[row]
         return replace(self.shot.guidance, scale=self.cfgs[column], skip_layers=layers, skip_scale=scale)
 
-    def _forwards(self, row: tuple[tuple[int, ...], float], cfg: float) -> int:
-        guidance = replace(self.shot.guidance, scale=cfg, skip_layers=row[0])
-        return self.shot.steps * (2 if cfg > 1 else 1) + len(guidance.active_steps(self.shot.steps))
+    def _shot(self, row: int, column: int) -> Shot:
+        return replace(self.shot, guidance=self.guidance(row, column))
 
     @property
     def price(self) -> str:
@@ -91,12 +91,9 @@ class SlgGrid:
 
     def _draw(self, row: int, column: int) -> Iterator[Record]:
         step, started = self._trainer.steps_done, time.perf_counter()
-        for event in self._trainer.painted([replace(self.shot, guidance=self.guidance(row, column))]):
+        for event in self._trainer.painted([self._shot(row, column)]):
             if isinstance(event, Step):
-                yield PreviewRecord(
-                    step=step, prompt=self.shot.prompt, sampler_step=event.done, sampler_steps=event.steps, previews=event.previews,
-                    prompts=(self.shot.prompt,),
-                )  # fmt: skip
+                yield preview_of(event, step)
             elif isinstance(event, Said):
                 yield NoticeRecord(step=step, text=event.text)
             elif isinstance(event, Failed):
@@ -130,9 +127,7 @@ class SlgGrid:
         return Grid(tuple(rows), tuple(f"guidance {cfg:g}" for cfg in self.cfgs))
 
     def _repr_png_(self) -> bytes:
-        with io.BytesIO() as stream:
-            self.grid().image().save(stream, "PNG")
-            return stream.getvalue()
+        return self.grid().png()
 
     def __str__(self) -> str:
         lines = [self.price] if not self.cells else []

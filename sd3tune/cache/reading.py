@@ -100,6 +100,11 @@ class Cache:
         """The mean weight of its mask, 0 to 1; 1 when it has none."""
         return float(self._store.facts("masks", mask_key_of(placement)).get("coverage", 1.0))
 
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the text encoders and of the autoencoder that made it."""
+        return self._text_mark, self._latent_mark
+
     def text(self, text: Words) -> Text:
         """Joint states L D and pooled P of a text, with zeros for no text where the settings say so. Raises: CacheError."""
         joint_BLD, pooled_BP = self.texts([text])

@@ -39,14 +39,8 @@ def as_lora(path: Path, rank: int) -> Decomposed:
 
     Raises: CheckpointError when the file's change is no plain sum of weights.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+    held, metadata = lora_layouts.read_tensors(path, f"{path}:")
+    tensors = {name: tensor.float() for name, tensor in held.items()}
     changes = _lycoris_changes(tensors, str(path))
     if not changes:
         lora = lora_layouts.parse(tensors, metadata, str(path))

@@ -109,16 +109,20 @@ class LoraFile(Shown):
         return "\n".join(lines + ([f"and {len(self.unknown) - 10} more unknown keys"] if len(self.unknown) > 10 else []))
 
 
-def read(path: Path) -> LoraFile:
-    """Read a LoRA of any known layout. Raises: CheckpointError, naming what the file is if it is no LoRA of SD3."""
+def read_tensors(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises: CheckpointError that begins with ``where``."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+        raise CheckpointError(f"{where} cannot be read as safetensors ({error})") from None
+
+
+def read(path: Path) -> LoraFile:
+    """Read a LoRA of any known layout. Raises: CheckpointError, naming what the file is if it is no LoRA of SD3."""
+    tensors, metadata = read_tensors(path, f"{path}:")
     return parse(tensors, metadata, str(path))
 
 

@@ -46,18 +46,6 @@ def begin_with(path: Path, weights: Mapping[str, nn.Parameter], spec: Spec) -> s
     return f"{path}: {len(lora.layers)} of {len(modules)} layers begin with what is in this file ({lora.layout})"
 
 
-def begin_exactly(path: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Give a LoRA the weights of a file that has their own names, as checkpoints do, bit for bit. Raises: CheckpointError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            held: dict[str, Tensor] = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
-    exchange(str(path), weights, held)
-
-
 def exchange(where: str, weights: Mapping[str, nn.Parameter], held: Mapping[str, Tensor]) -> None:
     """Give an adapter the weights that ``where`` holds, bit for bit. Raises: CheckpointError, before anything is changed."""
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -71,13 +59,7 @@ def exchange(where: str, weights: Mapping[str, nn.Parameter], held: Mapping[str,
 
 def begin_lycoris(path: Path, weights: Mapping[str, nn.Parameter]) -> str:
     """Give a new LyCORIS network the weights of a file of the same kind. Raises: CheckpointError when it is of another."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            held: dict[str, Tensor] = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"init_lora: {path} cannot be read as safetensors ({error})") from None
+    held, _ = lora_layouts.read_tensors(path, f"init_lora: {path}")
     odd = sorted(name for name, weight in weights.items() if name not in held or held[name].shape != weight.shape)
     if odd:
         raise CheckpointError(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sd3tune.errors import FileError
 from sd3tune.files import digest, write_bytes
-from sd3tune.validation.pictures import Source, about
+from sd3tune.validation.pictures import Source, about, opened
 from sd3tune.validation.shots import Shot
 
 
@@ -21,8 +21,7 @@ def kept(shot: Shot, source: Source) -> tuple[Image.Image, tuple[Shot, ...]] | N
         return None
     try:
         batch = tuple(Shot.of(row) for row in about(path)["batch"])
-        with Image.open(path) as opened:
-            return (opened.convert("RGB"), batch) if shot in batch else None
+        return (opened(path), batch) if shot in batch else None
     except (FileError, OSError, KeyError, TypeError):
         return None
 

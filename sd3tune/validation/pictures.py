@@ -12,12 +12,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sd3tune.cache.decoding import cut
+from sd3tune.cache.reading import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.errors import FileError
 from sd3tune.files import digest, make_folder, write_text, write_with
 from sd3tune.models import components
-from sd3tune.models.encoders import encoders
 from sd3tune.records import ImageRecord
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 from sd3tune.validation.comfyui import workflow
@@ -47,15 +47,15 @@ class Source:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def source_of(config: RunConfig, device: str, kind: Kind, step: int, adapter: str = "") -> Source:
-    """The source of pictures that are drawn now."""
+def source_of(config: RunConfig, cache: Cache, device: str, kind: Kind, step: int, adapter: str = "") -> Source:
+    """The source of pictures that are drawn now; the cache knows its encoders already, and finding that out reads every byte of them."""
     from importlib.metadata import version
 
     weights = components.transformer_weights(config).stamp
-    m, texts = config.model, encoders(config)
+    m = config.model
     settings = (m.base_model_precision, m.modulation_precision, m.base_model_default_dtype, m.mixed_precision, m.vae_dtype)
     model = digest(
-        weights, texts.text_fingerprint, texts.latent_fingerprint, str(texts.conditioning), *settings, m.attention_mechanism,
+        weights, *cache.fingerprints, str(cache.conditioning), *settings, m.attention_mechanism,
         str(m.vae_enable_tiling),
     )  # fmt: skip
     return Source(config, device, kind, step, adapter, model, {name: version(name) for name in ("torch", "diffusers")})

@@ -16,7 +16,7 @@ from sd3tune.data.planning import Plan
 from sd3tune.errors import DataError, ModelError
 from sd3tune.models.clip import Scorer, summary
 from sd3tune.records import ScoreRecord
-from sd3tune.validation.pictures import Found
+from sd3tune.validation.pictures import Found, opened
 
 
 class Scoring:
@@ -36,7 +36,7 @@ class Scoring:
         if not rows:
             return None
         texts = [found.shot.prompt for found in rows]
-        scores = self.scores(config, [_opened(found.path) for found in rows], texts)
+        scores = self.scores(config, [opened(found.path) for found in rows], texts)
         found = summary(scores)
         return ScoreRecord(
             step=step, kind=kind, mean=found.mean, min=found.min, max=found.max, std=found.std, scores=scores,
@@ -91,8 +91,3 @@ def scorer_name(config: RunConfig) -> str:
     name = config.evaluation.pretrained_evaluation_model_name_or_path
     default = name == Evaluation().pretrained_evaluation_model_name_or_path
     return str(playground.SCORER) if default and config.model.model_flavour == "playground" else name
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as opened:
-        return opened.convert("RGB")

@@ -13,7 +13,7 @@ import torch
 from sd3tune.cache.states import Text
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
-from sd3tune.models import components
+from sd3tune.models import adapters, components, lycoris_adapters
 from sd3tune.models.attention import attention, unable
 from sd3tune.models.tiny import load_tiny
 from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, Record
@@ -49,10 +49,7 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callabl
     """Draw shots into the files that ``place`` names; one record per sampler step and per picture."""
     for event in painter.draw(shots, source.config.validation.validation_batch_size):
         if isinstance(event, Step):
-            yield PreviewRecord(
-                step=source.step, prompt=event.batch[0].prompt, sampler_step=event.done, sampler_steps=event.steps,
-                count=len(event.batch), prompts=tuple(shot.prompt for shot in event.batch), previews=event.previews,
-            )  # fmt: skip
+            yield preview_of(event, source.step)
         elif isinstance(event, Drawn):
             path = place(event.shot)
             yield write_picture(path, event.picture, event.shot, event.batch, source)
@@ -62,6 +59,21 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callabl
             yield write_problem(place(event.shot), event.shot, source, event.why)
         else:
             yield NoticeRecord(step=source.step, text=event.text)
+
+
+def preview_of(event: Step, step: int) -> PreviewRecord:
+    """The record of a step of the sampler, after ``step`` updates."""
+    return PreviewRecord(
+        step=step, prompt=event.batch[0].prompt, sampler_step=event.done, sampler_steps=event.steps, count=len(event.batch),
+        prompts=tuple(shot.prompt for shot in event.batch), previews=event.previews,
+    )  # fmt: skip
+
+
+@contextmanager
+def at_strength(transformer: Any, network: Any, strength: float) -> Iterator[None]:
+    """A share of the change of a LoRA, or of a LyCORIS network, for the duration of the block."""
+    with adapters.scaled(transformer, strength) if network is None else lycoris_adapters.scaled(network, strength):
+        yield
 
 
 def base_rows(shots: Sequence[Shot], source: Source, folder: RunFolder) -> Iterator[ImageRecord | Shot]:

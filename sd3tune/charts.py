@@ -2,144 +2,150 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-from sd3tune.files import write_with
+from sd3tune.curves import Curve, curve_of
+from sd3tune.files import digest, write_with
 from sd3tune.history import smooth
 from sd3tune.run_folder import RunFolder
 
 Point = tuple[int, float]
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 240, 58, 14, 26, 34
-MOST = 300
-"""Most points of one curve; of more, each bucket keeps its lowest and highest."""
+WIDTH = 6.6
+"""Inches; a page shows it as wide as it has room."""
+
+ACCENT, HELD = "#3b82f6", "#d9730d"
+BANDS = ("#0d9488", "#3b82f6", "#a855f7", "#db2777")
+"""Of the noise levels, from picture to noise; each line also has its name beside it."""
 
 
-def line(losses: Sequence[Point], evals: Sequence[Point] = (), *, total: int = 0, marks: Sequence[int] = (), name: str = "loss") -> str:
-    """The loss over the updates: every value faint, smoothed bold, held-out dots, dashed lines where settings changed."""
-    shown = [(x, y) for x, y in losses if math.isfinite(y)]
+def line(
+    curve: Curve, evals: Sequence[Point] = (), *, total: int = 0, marks: Sequence[int] = (), name: str = "loss"
+) -> str:  # fmt: skip
+    """A number over the updates: every value faint, smoothed bold, held-out dots, dashed lines where settings changed."""
     held = [(x, y) for x, y in evals if math.isfinite(y)]
-    frame = _frame(spoken(losses, held, name))
-    if not shown and not held:
-        body = f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" {_TEXT} text-anchor="middle">no {escape(name)} yet</text>'
-        return f"{frame}{body}</svg>"
-    scale = _Scale([*shown, *held], total)
-    parts = [scale.axes(name)]
-    parts += [f'<path d="M{scale.x(x)} {TOP}V{HEIGHT - BOTTOM}" stroke-dasharray="3 4" opacity="0.6"/>' for x in marks]
-    parts.append(f'<path d="{scale.path(envelope(shown))}" opacity="0.3"/>')
-    smoothed = zip([x for x, _ in shown], smooth([y for _, y in shown]), strict=True)
-    parts.append(f'<path d="{scale.path(thinned(list(smoothed)))}" stroke="{_ACCENT}" stroke-width="2.2"/>')
-    parts += [f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" stroke="{_HELD}" stroke-width="2"/>' for x, y in held]
-    parts.append(_legend(bool(held), bool(marks)))
-    return f"{frame}{''.join(parts)}</svg>"
+    figure, (axes,) = _figure(2.5, 1)
+    _draw(axes, curve, name, total, marks)
+    if held:
+        axes.plot(*zip(*held, strict=True), "o", color=HELD, markersize=5, label="held-out pictures")
+    if not curve.stretches and not held:
+        axes.text(0.5, 0.5, f"no {name} yet", transform=axes.transAxes, ha="center")
+    else:
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+    return svg(figure, spoken(curve, held, name))
+
+
+def strip(curves: Mapping[str, Curve | Mapping[str, Curve]], *, total: int = 0, marks: Sequence[int] = ()) -> str:
+    """Several numbers over the updates beside each other; a mapping is several lines of one chart."""
+    figure, places = _figure(1.5, len(curves))
+    for axes, (name, found) in zip(places, curves.items(), strict=True):
+        if isinstance(found, Curve):
+            _draw(axes, found, name, total, marks, faint=False)
+            continue
+        for (label, one), colour in zip(found.items(), BANDS, strict=False):
+            if one.stretches:
+                axes.plot([s.last for s in one.stretches], [s.smooth for s in one.stretches], color=colour, linewidth=1.3, label=label)
+        _dress(axes, name, total, marks)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=6, ncols=2, handlelength=1)
+    says = "; ".join(
+        spoken(found, name=name) if isinstance(found, Curve) else ", ".join(spoken(c, name=f"{name} {k}") for k, c in found.items())
+        for name, found in curves.items()
+    )
+    return svg(figure, says)
 
 
 def held_out(evals: Sequence[Point], name: str = "loss on held-out pictures") -> str:
     """The loss on held-out pictures alone (or another number that is measured now and then), on its own scale."""
     shown = [(x, y) for x, y in evals if math.isfinite(y)]
-    scale = _Scale(shown or [(0, 0.0)], 0)
-    dots = "".join(f'<circle cx="{scale.x(x)}" cy="{scale.y(y)}" r="4" fill="{_HELD}" stroke="none"/>' for x, y in shown)
-    body = f'{scale.axes(name)}<path d="{scale.path(thinned(shown))}" stroke="{_HELD}" stroke-width="2"/>{dots}'
-    return f"{_frame(spoken(shown, name=name))}{body}</svg>"
+    figure, (axes,) = _figure(2.2, 1)
+    axes.plot([x for x, _ in shown], [y for _, y in shown], "o-", color=HELD, markersize=4, linewidth=1.5)
+    _dress(axes, name, 0, ())
+    return svg(figure, spoken(curve_of(shown), name=name))
 
 
 def levels(counts: Sequence[int]) -> str:
     """How often each tenth of the noise levels, from picture to noise, is drawn: ten bars with their shares in per cent."""
     shares = [100 * count / max(sum(counts), 1) for count in counts]
-    says = "noise levels drawn, per cent in each tenth from picture to noise: " + ", ".join(f"{share:.0f}" for share in shares)
-    width, parts = (WIDTH - LEFT - RIGHT) / max(len(shares), 1), [f'<text x="4" y="15" {_TEXT}>noise levels drawn, %</text>']
-    for place, share in enumerate(shares):
-        x, tall = LEFT + place * width, 44 * share / max([*shares, 1])
-        parts.append(
-            f'<rect x="{x + 3:.1f}" y="{84 - tall:.1f}" width="{width - 6:.1f}" height="{tall:.1f}" fill="{_ACCENT}" stroke="none"/>'
-        )
-        parts.append(f'<text x="{x + width / 2:.1f}" y="{80 - tall:.1f}" {_TEXT} text-anchor="middle">{share:.0f}</text>')
-    ends = ((LEFT, "start", "picture"), (WIDTH - RIGHT, "end", "noise"))
-    parts += [f'<text x="{x}" y="100" {_TEXT} text-anchor="{anchor}" opacity="0.7">{word}</text>' for x, anchor, word in ends]
-    return f"{_frame(says, 106)}{''.join(parts)}</svg>"
+    figure, (axes,) = _figure(1.3, 1)
+    bars = axes.bar(range(len(shares)), shares, color=ACCENT)
+    axes.margins(y=0.25)
+    axes.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=8)
+    axes.set_xticks([0, len(shares) - 1], ["picture", "noise"])
+    axes.set_yticks([])
+    axes.set_title("noise levels drawn, %", fontsize=9, loc="left")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    says = ", ".join(f"{share:.0f}" for share in shares)
+    return svg(figure, f"noise levels drawn, per cent in each tenth from picture to noise: {says}")
 
 
-def _frame(says: str, height: int = HEIGHT) -> str:
-    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(says)}" '
-    return frame + 'style="width:100%;height:auto;display:block" fill="none" stroke="currentColor" font-family="sans-serif" font-size="13">'
+def _figure(height: float, count: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    edges = {"left": 0.5 / WIDTH, "right": 1 - 0.1 / WIDTH, "top": 1 - 0.3 / height, "bottom": 0.25 / height}
+    return figure, list(figure.subplots(1, count, squeeze=False, gridspec_kw={**edges, "wspace": 0.3})[0])
 
 
-def spoken(losses: Sequence[Point], held: Sequence[Point] = (), name: str = "loss") -> str:
+def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], *, faint: bool = True) -> None:
+    steps = [s.last for s in curve.stretches]
+    if faint and steps:
+        low, high = [s.low for s in curve.stretches], [s.high for s in curve.stretches]
+        if low == high:
+            axes.plot(steps, low, color="#000000", alpha=0.35, linewidth=0.8, label="each update")
+        else:
+            axes.fill_between(steps, low, high, color="#000000", alpha=0.25, linewidth=0, label="lowest to highest")
+    if steps:
+        axes.plot(steps, [s.smooth for s in curve.stretches], color=ACCENT, linewidth=1.8, label="smoothed")
+    _dress(axes, name, total, marks)
+
+
+def _dress(axes: Any, name: str, total: int, marks: Sequence[int]) -> None:
+    for place, step in enumerate(sorted(set(marks))):
+        axes.axvline(step, color="#000000", alpha=0.6, linewidth=0.9, dashes=(3, 3), label="" if place else "you changed a setting")
+    if total:
+        axes.set_xlim(0, total)
+    axes.set_title(name, fontsize=9, loc="right")
+    axes.tick_params(labelsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.yaxis.get_major_locator().set_params(nbins=4)
+    axes.grid(axis="y", alpha=0.15, color="#000000")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def svg(figure: Any, says: str) -> str:
+    """A figure as SVG text that has the page's width and its colour of text. Names inside it are its own on any page."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    head = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', text)
+    assert head is not None
+    body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", text[head.end() :], flags=re.DOTALL)  # a style would be the page's
+    body = body.replace("#000000", "currentColor")
+    body = re.sub(r">\s+<", "><", body).strip()
+    numbers = {name: f"n{k}" for k, name in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body)))}  # theirs are drawn at random
+    plain = re.sub(r'(\bid="|"#|url\(#)([^")]+)', lambda found: found[1] + numbers[found[2]], body)
+    own = f"c{digest(plain)[:8]}-"
+    body = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{own}", plain)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{head.group(1)}" role="img" '
+        f'aria-label="{escape(says)}" fill="currentColor" stroke-linejoin="round" style="width:100%;height:auto;display:block">{body}'
+    )
+
+
+def spoken(curve: Curve, held: Sequence[Point] = (), name: str = "loss") -> str:
     """The chart in one sentence, newest number first."""
-    if not losses:
+    if curve.latest is None:
         return f"no {name} yet"
-    step, value = losses[-1]
+    step, value = curve.latest
     number = f"{value:.3g}" if math.isfinite(value) else "not a number"
     more = f"; {held[-1][1]:.3g} on held-out pictures" if held else ""
     return f"{name} {number} at step {step}{more}"
-
-
-def envelope(points: Sequence[Point]) -> list[Point]:
-    """At most `MOST` points that keep every peak: lowest and highest of each bucket, in order."""
-    if len(points) <= MOST:
-        return list(points)
-    size = math.ceil(len(points) / (MOST // 2))
-    buckets = [points[i : i + size] for i in range(0, len(points), size)]
-    return [p for bucket in buckets for p in sorted({min(bucket, key=lambda q: q[1]), max(bucket, key=lambda q: q[1])})]
-
-
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `MOST` points, evenly taken, with the newest."""
-    size = math.ceil(len(points) / (MOST - 1)) if len(points) > MOST else 1
-    return [*points[:-1:size], *points[-1:]]
-
-
-_TEXT = 'stroke="none" fill="currentColor"'
-_ACCENT = "#3b82f6"
-_HELD = "#d9730d"
-
-
-class _Scale:
-    """From steps and losses to the picture."""
-
-    def __init__(self, points: Sequence[Point], total: int) -> None:
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        self.last = max([total, 1, *xs])
-        low, high = min(ys), max(ys)
-        room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-        self.low, self.high = low - room, high + room
-
-    def x(self, step: float) -> str:
-        return f"{LEFT + (WIDTH - LEFT - RIGHT) * step / self.last:.1f}"
-
-    def y(self, value: float) -> str:
-        return f"{TOP + (HEIGHT - TOP - BOTTOM) * (self.high - value) / (self.high - self.low):.1f}"
-
-    def path(self, points: Sequence[Point]) -> str:
-        return "M" + "L".join(f"{self.x(x)} {self.y(y)}" for x, y in points) if points else "M0 0"
-
-    def axes(self, name: str) -> str:
-        parts = [f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" opacity="0.7"/>']
-        for i in range(4):
-            value = self.low + (self.high - self.low) * (i + 0.5) / 4
-            parts.append(f'<path d="M{LEFT} {self.y(value)}H{WIDTH - RIGHT}" opacity="0.12"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{float(self.y(value)) + 4:.1f}" {_TEXT} text-anchor="end">{value:.3g}</text>')
-        for step in sorted({0, self.last // 2, self.last}):
-            anchor = "end" if step == self.last else "middle"
-            parts.append(f'<text x="{self.x(step)}" y="{HEIGHT - 16}" {_TEXT} text-anchor="{anchor}">{step}</text>')
-        parts.append(f'<text x="{WIDTH / 2 + 90}" y="{HEIGHT - 3}" {_TEXT} text-anchor="middle" opacity="0.7">update</text>')
-        parts.append(f'<text x="4" y="15" {_TEXT}>{escape(name)}</text>')
-        return "".join(parts)
-
-
-def _legend(held: bool, marks: bool) -> str:
-    rows = [("M0 0h18", f'stroke="{_ACCENT}" stroke-width="2.2"', "smoothed"), ("M0 0h18", 'opacity="0.4"', "each update")]
-    if held:
-        rows.append(("M5 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", f'stroke="{_HELD}" stroke-width="2"', "held-out pictures"))
-    if marks:
-        rows.append(("M9 -7v14", 'stroke-dasharray="3 4"', "you changed a setting"))
-    parts, x = [], LEFT + 12
-    for path, look, label in rows:
-        parts.append(f'<g transform="translate({x} 11)"><path d="{path}" {look}/><text x="24" y="4" {_TEXT}>{label}</text></g>')
-        x += 40 + 7 * len(label)
-    return "".join(parts)
 
 
 def save_losses(folder: RunFolder) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sd3tune.config.reading import frozen, mapping_of
 from sd3tune.config.schema import RunConfig
-from sd3tune.errors import ConfigError
+from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.files import write_text
 from sd3tune.launching import POLL, Launched, launch
 from sd3tune.records import CheckpointRecord, CommandRecord, Record
@@ -37,6 +37,11 @@ class Followed:
         self.total, self.noise_levels = int(manifest["updates"]), tuple(manifest["levels"])
 
     @property
+    def total_memory_bytes(self) -> int:
+        """Not known here: the run's devices are the other processes'."""
+        return 0
+
+    @property
     def steps_done(self) -> int:
         """Updates done, as far as they were read."""
         return self._launched.steps_done
@@ -55,6 +60,18 @@ class Followed:
         except ConfigError as error:
             refused = "; ".join(error.problems)
         return CommandRecord(step=self.steps_done, name="set", value=settings, refused=refused)
+
+    def unread(self, settings: Mapping[str, Any]) -> list[str]:
+        """Nothing: what its text encoders have not read is for the run to say."""
+        return []
+
+    def encode(self, prompts: Sequence[str]) -> Iterator[Record]:
+        """Raises: TrainingError."""
+        raise TrainingError("a run in other processes cannot read new prompts")
+
+    def rewind(self, step: int) -> Record:
+        """Raises: TrainingError."""
+        raise TrainingError("a run in other processes cannot go back; stop it, and resume the checkpoint's folder")
 
     def note(self, name: str) -> CommandRecord:
         """Pause, go on, or stop and wait for the end. Raises: TrainingError when the run fails."""

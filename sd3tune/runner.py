@@ -7,21 +7,24 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
-from sd3tune.errors import Sd3TuneError, TrainingError
+from sd3tune.curves import Curve
+from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.records import ImageRecord, PreviewRecord, StepRecord
-from sd3tune.snapshot import LEGAL, Command, Snapshot, Until, after, reached, small_png
+from sd3tune.snapshot import LEGAL, Command, Gauges, Snapshot, Until, after, reached
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
     from sd3tune.trainer import Trainer
+
+    Made: TypeAlias = Trainer | Generator[Record, None, Trainer]
 
 _LIVE: WeakValueDictionary[str, Runner] = WeakValueDictionary()
 _REGISTER = threading.Lock()
@@ -30,11 +33,12 @@ _REGISTER = threading.Lock()
 class Runner:
     """Runs one trainer in one worker thread. Anybody may read ``snapshot`` and ``send`` commands.
 
-    The trainer lives in the worker only: when the run ends, whatever the end, its memory is free again.
+    ``make`` gives the trainer, at once or after records of what it takes (encoding). The trainer lives in the worker only: when the run
+    ends, whatever the end, its memory is free again.
     """
 
-    def __init__(self, make: Callable[[], Trainer] | Trainer, *, key: str = "") -> None:
-        self._make: Callable[[], Trainer] | Trainer | None = make
+    def __init__(self, make: Callable[[], Made] | Trainer, *, key: str = "") -> None:
+        self._make: Callable[[], Made] | Trainer | None = make
         self.key = key
         self.viewer: object = None
         self._queue: SimpleQueue[Command] = SimpleQueue()
@@ -42,11 +46,12 @@ class Runner:
         self._changed = threading.Condition()
         self._snapshot = Snapshot()
         self._log: deque[str] = deque(maxlen=200)
-        self._points: list[tuple[int, float]] = []
+        self._gauges = Gauges()
+        self._sent = 0
         self._failure: tuple[type[Sd3TuneError], str, dict[str, Any]] | None = None
 
     @classmethod
-    def attach(cls, key: str | Path, make: Callable[[], Trainer]) -> Runner:
+    def attach(cls, key: str | Path, make: Callable[[], Made]) -> Runner:
         """The live runner of a wanted output folder, or a new one that has not started."""
         path = str(Path(key).absolute())
         with _REGISTER:
@@ -66,12 +71,21 @@ class Runner:
         """Ask for something; returns at once. The worker obeys between two records, or the log says why not."""
         command = Command(name, values)
         with self._changed:
+            self._sent += 1
             if self._snapshot.live:
                 self._queue.put(command)
             elif name in LEGAL[self._snapshot.state]:
                 self._start()
+                self._answered()
             else:
                 self._refuse(command)
+                self._answered()
+
+    @property
+    def answered(self) -> bool:
+        """Whether everything that was asked so far is done or refused."""
+        with self._changed:
+            return self._sent == self._snapshot.answered
 
     def wait(self, timeout: float | None = None, until: Until = None) -> Snapshot:
         """Wait for the end, for a state, for a step, or until a function of the snapshot is true.
@@ -107,13 +121,15 @@ class Runner:
         make, self._make = self._make, None
         threading.Thread(target=self._main, args=(make,), name="sd3tune-trainer", daemon=True).start()
 
-    def _main(self, make: Callable[[], Trainer] | Trainer) -> None:
+    def _main(self, make: Callable[[], Made] | Trainer) -> None:
         try:
-            end, text = self._work(make() if callable(make) else make), ""
+            trainer = self._prepared(make() if callable(make) else make)
+            end, text = "stopped" if trainer is None else self._work(trainer), ""
         # Nobody is above a thread: whatever is not caught here would leave a panel that says "training" for ever.
         except BaseException as error:  # noqa: BLE001
             end, text = "failed", self._explain(error)
             traceback.clear_frames(error.__traceback__)
+        trainer = None
         del make
         gc.collect()
         with self._changed:
@@ -121,21 +137,44 @@ class Runner:
             self._put(state=end, error=text, message="")
             while (command := self._next()) is not None:
                 self._refuse(command)
+                self._answered()
 
     def _explain(self, error: BaseException) -> str:
         """The failure in words; the traceback goes to the run's log."""
         ours = isinstance(error, Sd3TuneError)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
         self._failure = (type(error), text, dict(vars(error))) if isinstance(error, Sd3TuneError) else (TrainingError, text, {})
+        self._put(out_of_memory=type(error).__name__ in ("OutOfMemoryError", "MemoryError"))
         if self._snapshot.folder:
             with suppress(OSError), (Path(self._snapshot.folder) / "train.log").open("a", encoding="utf-8") as log:
                 log.write("".join(traceback.format_exception(error)))
         return text
 
+    def _prepared(self, made: Made) -> Trainer | None:
+        """The trainer; nothing when it was stopped before there is one. Records on the way are what it takes."""
+        if not isinstance(made, Generator):
+            return made
+        while True:
+            try:
+                self._take(next(made))
+            except StopIteration as end:
+                trainer: Trainer = end.value
+                return trainer
+            if any(command.name == "stop" for command in self._waiting()):
+                made.close()
+                return None
+
+    def _waiting(self) -> list[Command]:
+        """Commands for a trainer that is not there yet; they keep their order."""
+        with suppress(Empty):
+            while True:
+                self._late.append(self._queue.get(block=False))
+        return list(self._late)
+
     def _work(self, trainer: Trainer) -> str:
         self._put(
             step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
-            message="", noise_levels=trainer.noise_levels,
+            began_with=trainer.config, message="", noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
         self._obey(trainer)
@@ -146,7 +185,7 @@ class Runner:
             record = next(records, None)
             if record is None:
                 return "finished"
-            self._take(record, trainer)
+            self._take(record)
             self._put(state="validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training")
             self._obey(trainer)
         return "stopped"
@@ -154,11 +193,12 @@ class Runner:
     def _obey(self, trainer: Trainer) -> None:
         """Do all that was asked since the last record; stay here while paused."""
         while self._snapshot.state != "stopping" and (command := self._next()) is not None:
-            if command.name not in LEGAL[self._snapshot.state]:
-                self._refuse(command)
-            elif self._snapshot.state == "validating" and command.name in ("pause", "stop"):
+            if self._snapshot.state == "validating" and command.name in ("pause", "stop"):
                 self._late.append(command)
                 self._put(message=f"{command.name} follows when the pictures are drawn")
+                continue
+            if command.name not in LEGAL[self._snapshot.state]:
+                self._refuse(command)
             else:
                 before = self._snapshot.state
                 try:
@@ -166,6 +206,7 @@ class Runner:
                 except Sd3TuneError as error:  # what a person asked cannot be done; the run itself is as it was
                     self._put(state=before, message="")
                     self._refuse(command, str(error))
+            self._answered()
 
     def _next(self) -> Command | None:
         if self._late and self._snapshot.state != "validating":
@@ -183,6 +224,8 @@ class Runner:
             self._save(trainer)
         elif name == "validate":
             self._validate(trainer)
+        elif name == "rewind":
+            self._rewind(trainer, **command.values)
         elif name == "stop":
             self._put(state="stopping", message="saving")
             self._save(trainer)
@@ -194,14 +237,31 @@ class Runner:
         if name in ("validate", "save"):
             self._put(state=state, message="", refused="")
 
+    def _rewind(self, trainer: Trainer, step: int) -> None:
+        trainer.rewind(step)
+        self._gauges = Gauges()
+        kept = {"evals": tuple(one for one in self._snapshot.evals if one[0] <= step), "verdict": "", "seconds_per_update": None}
+        self._put(step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", loss=Curve(), **kept)
+        self._note(f"back to step {trainer.steps_done}, by you; what was left is a checkpoint that stays")
+
     def _set(self, command: Command, trainer: Trainer) -> None:
+        try:
+            missing = trainer.unread(command.values)
+        except ConfigError:
+            missing = []  # what is wrong with it is said below
+        for record in trainer.encode(missing) if missing else ():
+            self._take(record)
+        self._put(message="")
         record = trainer.set(**command.values)
         if record.refused:
             self._refuse(command, record.refused)
             return
         text = ", ".join(f"{name} = {value}" for name, value in command.values.items())
         self._note(f"{text}, by you")
-        self._put(config=trainer.config, refused="", changes=(*self._snapshot.changes, (trainer.steps_done, text)))
+        done, now = trainer.steps_done, self._snapshot
+        self._put(
+            config=trainer.config, refused="", changes=(*now.changes, (done, text)), steering=(*now.steering, (done, dict(command.values)))
+        )  # fmt: skip
 
     def _save(self, trainer: Trainer) -> None:
         written = trainer.checkpoint()
@@ -217,19 +277,15 @@ class Runner:
         self._put(state="validating")
         trainer.note("validate")
         for record in trainer.validation():
-            self._take(record, trainer)
+            self._take(record)
             self._obey(trainer)
 
     # --- what the snapshot is made of --------------------------------------------------------------------------------
 
-    def _take(self, record: Record, trainer: Trainer) -> None:
+    def _take(self, record: Record) -> None:
         """Put a record into the snapshot."""
         if isinstance(record, StepRecord):
-            if record.loss is not None:
-                self._points.append((record.step, record.loss))
-            self._put(points=self._points, count=len(self._points))
-        elif isinstance(record, ImageRecord):
-            self._put(grid=small_png(trainer.grid().image()), grid_step=record.step)
+            self._put(**self._gauges.take(record))
         changes, text = after(self._snapshot, record)
         self._put(**changes)
         if text:
@@ -240,6 +296,9 @@ class Runner:
         text = f"{command.name.replace('_', ' ')}: {why}"
         self._note(text)
         self._put(refused=text, refusals=self._snapshot.refusals + 1)
+
+    def _answered(self) -> None:
+        self._put(answered=self._snapshot.answered + 1)
 
     def _note(self, text: str) -> None:
         self._log.append(f"{time.strftime('%H:%M:%S')}  step {self._snapshot.step}: {text}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from sd3tune.curves import Curve, Series
 from sd3tune.records import (
+    CacheRecord,
     CheckpointRecord,
     CommandRecord,
     EvalRecord,
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 LEGAL: dict[str, frozenset[str]] = {
     "idle": frozenset({"start"}),
     "preparing": frozenset({"pause", "stop", "set"}),
-    "training": frozenset({"pause", "stop", "validate", "set", "save"}),
-    "paused": frozenset({"go_on", "stop", "validate", "set", "save"}),
+    "training": frozenset({"pause", "stop", "validate", "set", "save", "rewind"}),
+    "paused": frozenset({"go_on", "stop", "validate", "set", "save", "rewind"}),
     "validating": frozenset({"pause", "stop", "set", "save"}),
     "stopping": frozenset(),
     "stopped": frozenset(),
@@ -40,10 +41,6 @@ TERMINAL = frozenset({"stopped", "finished", "failed"})
 """States that a runner never leaves; another runner starts another run."""
 
 
-GRID_PIXELS = (1600, 4800)
-"""The grid is sent over the wire at most this large; the file in the run folder is whole."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """What a run looks like at one moment. Never changes; cheap to make."""
@@ -53,29 +50,45 @@ class Snapshot:
     total_steps: int = 0
     learning_rate: float | None = None
     seconds_per_update: float | None = None
+    seconds_per_update_in_all: float | None = None
+    """With pictures, evaluations and checkpoints, as far as there were some."""
+    peak_memory_bytes: int = 0
+    total_memory_bytes: int = 0
+    """Of the GPU; 0 where there is none."""
+    answered: int = 0
+    """Commands that were done or refused."""
     evals: tuple[tuple[int, float], ...] = ()
     verdict: str = ""
     message: str = ""
     refused: str = ""
     refusals: int = 0
-    grid: bytes = b""
+    pictures: int = 0
+    """Validation pictures that were drawn, or could not be."""
     grid_step: int = 0
+    """Of the newest of them."""
     error: str = ""
     log: tuple[str, ...] = ()
     changes: tuple[tuple[int, str], ...] = ()
+    """What was changed by hand, in words, and after which update."""
+    steering: tuple[tuple[int, dict[str, Any]], ...] = ()
+    """The same as settings."""
+    began_with: RunConfig | None = None
+    """The configuration before any of that."""
     folder: str = ""
     config: RunConfig | None = None
     noise_levels: tuple[int, ...] = ()
     """How many of those drawn lie in each tenth of 0 to 1."""
     previews: tuple[bytes, ...] = ()
     """Pictures that are being drawn, as JPEG files, while previews are asked for."""
-    points: list[tuple[int, float]] | tuple[()] = ()
     count: int = 0
-
-    @property
-    def losses(self) -> tuple[tuple[int, float], ...]:
-        """(step, loss) of every update so far."""
-        return tuple(islice(self.points, self.count))  # the worker only appends, so the first ``count`` never change
+    """Updates that were seen."""
+    loss: Curve = Curve()
+    bands: tuple[Curve, ...] = ()
+    """The loss of single pictures, in quarters of the noise levels from picture to noise."""
+    rates: Curve = Curve()
+    grad_norms: Curve = Curve()
+    out_of_memory: bool = False
+    """Whether that is what the run failed of."""
 
     @property
     def live(self) -> bool:
@@ -84,8 +97,13 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float | None:
-        """Expected time for the updates that are left."""
+        """Expected time for the updates that are left, without what falls due between them."""
         return None if self.seconds_per_update is None else self.seconds_per_update * (self.total_steps - self.step)
+
+    @property
+    def most_seconds_left(self) -> float | None:
+        """The same if pictures, evaluations and checkpoints take the share that they took so far."""
+        return None if self.seconds_per_update_in_all is None else self.seconds_per_update_in_all * (self.total_steps - self.step)
 
 
 @dataclass(frozen=True)
@@ -96,19 +114,54 @@ class Command:
     values: dict[str, Any]
 
 
+BAND = 0.25
+"""Width of a band of noise levels."""
+
+
+class Gauges:
+    """The numbers of the updates so far, in bounded memory."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._loss, self._rates, self._norms = Series(), Series(), Series()
+        self._bands = tuple(Series() for _ in range(round(1 / BAND)))
+        self._first: tuple[int, float] | None = None
+
+    def take(self, record: StepRecord) -> dict[str, Any]:
+        """What an update changes in the snapshot."""
+        self.count += 1
+        now = time.monotonic()
+        self._first = self._first or (record.step - 1, now - record.seconds)
+        if record.loss is not None:
+            self._loss.add(record.step, record.loss)
+        self._rates.add(record.step, record.learning_rate)
+        self._norms.add(record.step, record.grad_norm)
+        for sigma, loss in zip(record.sigmas, record.losses, strict=False):
+            self._bands[min(int(sigma / BAND), len(self._bands) - 1)].add(record.step, loss)
+        updates = max(1, record.step - self._first[0])
+        return {
+            "count": self.count, "loss": self._loss.curve, "rates": self._rates.curve, "grad_norms": self._norms.curve,
+            "bands": tuple(one.curve for one in self._bands), "peak_memory_bytes": record.peak_memory_bytes,
+            "seconds_per_update_in_all": (now - self._first[1]) / updates,
+        }  # fmt: skip
+
+
 def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     """What a record changes in the snapshot, and what it says to the log."""
     if isinstance(record, StepRecord):
         known = now.seconds_per_update
         pace = record.seconds if known is None else 0.9 * known + 0.1 * record.seconds
         return {"step": record.step, "learning_rate": record.learning_rate, "seconds_per_update": pace, "message": ""}, ""
+    if isinstance(record, CacheRecord):
+        what = {"pictures": "reading pictures", "states": "reading texts"}.get(record.kind, "encoding")
+        return {"message": f"{what}, {record.step} of {record.total}"}, f"{record.name}: {record.problem}" if record.problem else ""
     if isinstance(record, PreviewRecord):
         others = f" and {record.count - 1} more" if record.count > 1 else ""
         said = f"drawing {record.prompt!r}{others}, sampler step {record.sampler_step} of {record.sampler_steps}"
         return {"message": said, **({"previews": record.previews} if record.previews else {})}, ""
     if isinstance(record, ImageRecord):
         said = f"the picture of {record.prompt!r} could not be drawn: {record.problem}" if record.problem else ""
-        return {"previews": ()}, said
+        return {"previews": (), "pictures": now.pictures + 1, "grid_step": record.step}, said
     if isinstance(record, ScoreRecord):
         return {}, said_of(record)
     if isinstance(record, EvalRecord):
@@ -128,14 +181,6 @@ def said_of(record: ScoreRecord) -> str:
     cut = f"; of {record.truncated} prompts CLIP sees only the beginning" if record.truncated else ""
     error = record.std / max(1, len(record.scores) - 1) ** 0.5
     return f"CLIP score {record.mean:.3f} +- {error:.3f}" + (f" ({', '.join(beside)})" if beside else "") + cut
-
-
-def small_png(picture: Any) -> bytes:
-    """A picture as PNG, small enough to send."""
-    picture.thumbnail(GRID_PIXELS)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG")
-    return stream.getvalue()
 
 
 def reached(now: Snapshot, until: Until) -> bool:

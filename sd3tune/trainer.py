@@ -15,7 +15,7 @@ from sd3tune.assembly import plan_digest, write_adapter
 from sd3tune.building import build, manifest_of
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.charts import save_losses
-from sd3tune.config.reading import frozen, is_live, mapping_of
+from sd3tune.config.reading import HOW, frozen, is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
@@ -31,6 +31,7 @@ from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
 from sd3tune.training.guard import GuardError
+from sd3tune.training.peak import total_memory
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event
 from sd3tune.validation.shots import Shot
@@ -112,6 +113,11 @@ class Trainer:
     def noise_levels(self) -> tuple[int, ...]:
         """How many of the noise levels that are drawn lie in each tenth of 0 to 1."""
         return self.manifest.levels
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """Of the GPU; 0 where there is none."""
+        return total_memory(self.device)
 
     @property
     def done(self) -> bool:
@@ -505,7 +511,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors of adapter and optimizer, updates done, live settings."""
-        live = {name: value for name, value in self.config.leaves().items() if is_live(name)}
+        live = {name: value for name, value in self.config.leaves().items() if is_live(name) or name in HOW}
         return {
             **self.engine.state_dict(), "live": live, "plan": plan_digest(self.cache.plan), "steps": self.total,
             "rollbacks": self._rollbacks, "versions": certificate.versions(self.processes.count),
@@ -533,6 +539,24 @@ class Trainer:
         path = self.secure()
         return self._saver.pin(path) if self.processes.main else path
 
+    def rewind(self, step: int) -> Record:
+        """Go back to a checkpoint, with the settings of then; what came after it no longer counts. The state as it is stays as a checkpoint.
+
+        Raises: CheckpointError when there is none of this step; TrainingError with several processes.
+        """
+        if self.processes.count > 1:
+            raise TrainingError("of several processes none goes back alone; stop, and resume the checkpoint's folder")
+        state = self.folder.read_checkpoint(step)
+        self.pin()
+        self._reporters.take(NoticeRecord(step=self.steps_done, text=f"back to step {step}"))
+        self.config = resuming.as_it_was(RunConfig.load(self.folder.config), state)
+        self.engine.load_state_dict(state)
+        self._total, self._rollbacks = int(state["steps"]), int(state["rollbacks"])
+        self.engine.rules = replace(self.engine.rules, total=self._total)
+        self.folder.point_at(step)
+        self._saver.go_on_from(int(state["segment"]), step)
+        return self._reported(self._saver.branch("rewind", step))
+
     def _require_finite(self) -> None:
         wrong = self.engine.not_finite()
         if wrong:
@@ -542,30 +566,34 @@ class Trainer:
     def resume(cls, run_folder: str | Path, cache: Cache | None = None, **changes: Any) -> Trainer:
         """The run of a folder (or of one of its checkpoints), exactly where its newest checkpoint left it; prints a certificate.
 
-        ``changes`` are live settings, such as a learning rate or a length, and are written to the history. Another number of
-        processes goes on with the same batches. Raises: CheckpointError when there is none, or when pictures or captions are no
+        ``changes`` are live settings, such as a learning rate or a length, or those of ``config.reading.HOW``, and are written to the history.
+        Another number of processes goes on with the same batches. Raises: CheckpointError when there is none, or when pictures or captions are no
         longer the same; ConfigError.
         """
         processes = join()
         found = resuming.read(run_folder, cache, processes)
-        trainer = cls(found.config, found.cache, folder=found.folder, processes=processes)
-        trainer._restore(found.state, changes)
+        how = {name: value for name, value in changes.items() if name in HOW}
+        trainer = cls(found.config.replace(**how), found.cache, folder=found.folder, processes=processes)
+        trainer._restore(found.state, {name: value for name, value in changes.items() if name not in how}, how)
         if processes.main:
             print(trainer.certificate)  # noqa: T201 (a resumed run says so itself, in a notebook too)
         return trainer
 
-    def _restore(self, state: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any], changes: Mapping[str, Any], how: Mapping[str, Any]) -> None:
         """Take a checkpoint's state, then a person's changes. Raises: ConfigError."""
         self.engine.load_state_dict(state)
         self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
         self.engine.rules = replace(self.engine.rules, total=self._total)
         self._saver.go_on_from(int(state["segment"]), self.steps_done)
         self._reported(self._saver.branch("resume", self.steps_done))
+        if how:
+            self._tell(CommandRecord(step=self.steps_done, name="set", value=dict(how)))
         if changes and (refused := self.set(**changes).refused):
             raise ConfigError([refused], "resume")
         self._orders.clear()  # each process was told of the changes itself
         self.certificate = certificate.certify(
-            state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate), changes=changes,
+            state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate),
+            changes={**how, **changes},
             processes=self.processes.count,
         )  # fmt: skip
         self._tell(NoticeRecord(step=self.steps_done, text=str(self.certificate)))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
-from sd3tune import charts
 from sd3tune.config import presets
 from sd3tune.errors import TrainingError
-from sd3tune.panels import TrainingPanel, fields
-from sd3tune.panels import training as panel_module
-from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot
+from sd3tune.panels import TrainingPanel, record, run, showing
+from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
 
 
 @pytest.fixture
@@ -48,51 +44,6 @@ def live(fake: FakeTrainer) -> Any:
     panel.wait(PATIENCE)
 
 
-# --- form ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_form_is_the_config(fake: FakeTrainer) -> None:
-    panel = panel_of(fake)
-    assert panel.apply()
-    assert panel.config == presets.playground(output_dir=str(fake.folder.path))
-    panel.fields["learning_rate"].value = 5e-4
-    panel.fields["validation_guidance_skip_layers"].value = " 7,8 , 9"
-    assert panel.config.optimizer.learning_rate == 5e-4
-    assert panel.config.validation.validation_guidance_skip_layers == (7, 8, 9)
-    panel.fields["validation_guidance_skip_layers"].value = ""
-    assert panel.config.validation.validation_guidance_skip_layers is None
-
-
-@pytest.mark.parametrize(
-    ("name", "typed", "says"),
-    [
-        ("validation_guidance_skip_layers", "7, x", "is not a list of block numbers"),
-        ("validation_guidance_skip_layers", "7, 7", "different block numbers"),
-        ("learning_rate", 0.0, "learning_rate: 0.0 is not allowed"),
-        ("learning_rate", 7.0, "learning_rate: 7.0 is not allowed"),
-        ("validation_guidance", 99.0, "validation_guidance: 99.0 is not allowed"),
-    ],
-)
-def test_a_bad_value_gives_a_sentence_and_is_neither_applied_nor_clipped(name: str, typed: Any, says: str, fake: FakeTrainer) -> None:
-    panel = panel_of(fake)
-    before = panel.config
-    panel.fields[name].value = typed
-    assert says in panel.note.value
-    assert panel.fields[name].value == typed
-    assert panel.config == before
-    panel.start()
-    assert panel.runner.snapshot.state == "idle"
-    panel.fields[name].value = fields.shown(before.leaves()[name])
-    assert panel.note.value == ""
-
-
-def test_every_field_says_what_the_setting_means(fake: FakeTrainer) -> None:
-    for name, field in panel_of(fake).fields.items():
-        assert field.description == fields.LABELS[name]
-        assert fields.declared(name).description in (field.tooltip if "tooltip" in field.traits() else field.description_tooltip)
-    assert fields.hint("learning_rate").endswith("(above 0 to 1)")
-
-
 # --- run -----------------------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +52,7 @@ def test_buttons_follow_the_table(live: TrainingPanel) -> None:
         live.runner._put(state=state)
         live.refresh()
         enabled = {name for name, button in live.buttons.items() if not button.disabled}
-        assert enabled == ({"start"} if state in TERMINAL else set(LEGAL[state]) - {"set"})
+        assert enabled == ({"start"} if state in TERMINAL else set(LEGAL[state]) - {"set", "rewind"})  # there is no checkpoint
     live.runner._put(state="training")
 
 
@@ -162,96 +113,111 @@ def test_a_failure_is_red_text_and_wait_raises_it(fake: FakeTrainer) -> None:
 # --- what is shown -------------------------------------------------------------------------------------------------------
 
 
-def test_the_pump_sends_little_however_fast_the_run_is(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[str] = []
-    fake.cache.plan.steps = 3000
-    panel = panel_of(fake)
-    for widget in (
-        panel.status,
-        panel.note,
-        panel.chart,
-        panel.caption,
-        panel.picture,
-        panel.log,
-        *panel.buttons.values(),
-        *panel.fields.values(),
-    ):
+def every(widget: Any) -> list[Any]:
+    """A widget and all inside it."""
+    return [widget, *(one for child in getattr(widget, "children", ()) for one in every(child))]
+
+
+def test_a_long_run_sends_few_messages_and_keeps_its_size(fake: FakeTrainer) -> None:
+    """20,000 updates on a simulated clock: at most 6 changes a second, and no growth once the curve is full."""
+    import gc
+    import tracemalloc
+
+    from test_runner import step_record
+
+    panel, sent = panel_of(fake), list[str]()
+    for widget in every(panel.widget):
         widget.observe(lambda change: sent.append(change.name))
-    looks: list[int] = []
-    refresh = panel.refresh
-    monkeypatch.setattr(panel, "refresh", lambda: (looks.append(1), refresh()))
+    panel.runner._put(state="training", total_steps=20_000)
+    clock, seconds, tick, sizes = 0.0, 0.05, run.TICK, list[int]()
+    for step in range(1, 20_001):
+        panel.runner._take(step_record(step, 1e-3, loss=1 / step))
+        clock += seconds
+        if clock >= tick:
+            tick += run.TICK
+            if step % 5000 < 20 or step < 300:  # drawing every time would take minutes; these are the ends and the beginning
+                panel.refresh(clock)
+        if step == 5000:
+            gc.collect()
+            tracemalloc.start()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    gc.collect()
+    sizes.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert panel.runner.snapshot.count == 20_000
+    assert sizes[1] - sizes[0] < 200_000, sizes
+    looked = 300 * seconds + 4 * 20 * seconds
+    assert len(sent) <= 6 * looked, (len(sent), looked)
+
+
+def test_nothing_is_sent_when_nothing_changed(fake: FakeTrainer) -> None:
+    panel, sent = panel_of(fake), list[str]()
     panel.start()
-    panel.wait(60)
-    assert panel.runner.snapshot.count == 3000
-    assert len(sent) <= 20 + 4 * len(looks)
-    still = len(sent)
+    panel.wait(PATIENCE)
+    for widget in every(panel.widget):
+        widget.observe(lambda change: sent.append(change.name))
     for _ in range(5):
-        refresh()
-    assert len(sent) == still
+        panel.refresh()
+    assert not sent
 
 
-def test_status_says_state_step_loss_rate_and_time() -> None:
-    now = Snapshot(
-        state="training", step=41, total_steps=300, learning_rate=1e-3, seconds_per_update=0.1, points=[(41, 0.612)], count=1
-    )  # fmt: skip
-    assert panel_module.sentence(now) == "training · step 41/300 · loss 0.612 · lr 0.001 · 26 s left"
+def test_a_drawing_is_made_anew_seldom_and_only_for_something_new() -> None:
+    import ipywidgets
+
+    widget, drawn = ipywidgets.HTML(), list[int]()
+
+    def draw(now: Snapshot) -> str:
+        drawn.append(now.count)
+        return str(now.count)
+
+    one = run.Redrawn(lambda now: now.count, (draw, widget))
+    for tenth in range(100):
+        one.look(Snapshot(state="training", count=tenth), tenth / 10)
+    assert 9 <= len(drawn) <= 10  # ten seconds, at most once in each
+    for tenth in range(100, 200):
+        one.look(Snapshot(state="training", count=99), tenth / 10)
+    assert len(drawn) <= 11
+    one.look(Snapshot(state="finished", count=100), 20.01)
+    assert widget.value == "100"
+
+
+def test_status_says_state_step_loss_rate_time_money_and_memory() -> None:
+    from test_runner import step_record
+
+    gauges = Gauges().take(step_record(41, 1e-3, loss=0.612))
+    gauges |= {"seconds_per_update_in_all": 0.2, "peak_memory_bytes": 15_200_000_000, "total_memory_bytes": 24_000_000_000}
+    now = Snapshot(state="training", step=41, total_steps=300, learning_rate=1e-3, seconds_per_update=0.1, **gauges)
+    said = "training · step 41/300 · loss 0.612 · learning rate 0.001 · 26 s to 52 s left · memory 15.2 GB of 24.0 GB"
+    assert showing.status(now) == said
+    assert "0.03 to pay until then" in showing.status(now, 2.0)  # 51.8 s at 2 an hour
+    assert 'aria-valuenow="41"' in showing.bar(now)
 
 
 def test_captions_prompts_and_log_are_escaped() -> None:
     evil = '<img src=x onerror="alert(1)">'
-    now = Snapshot(state="failed", log=(evil,), error=evil, message=evil)
-    for text in (panel_module.log_text(now), panel_module.report(now)):
+    now = Snapshot(state="failed", log=(evil,), error=evil, message=evil, verdict=evil, changes=((1, evil),))
+    for text in (showing.log(now), showing.changes(now), record.report(now, evil, evil)):
         assert "<img src=x" not in text
         assert "&lt;img src=x" in text
 
 
-def test_the_report_needs_no_kernel_and_holds_curve_and_pictures() -> None:
-    html = panel_module.report(Snapshot(state="finished", points=[(1, 0.5)], count=1, grid=b"png", grid_step=1))
-    assert "data:image/png;base64,cG5n" in html
-    assert "<svg" in html
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 300, 301, 5000])
-@pytest.mark.parametrize("value", [0.0, 0.5, float("nan"), float("inf")])
-def test_the_curve_is_valid_xml_without_nan_and_bounded(count: int, value: float) -> None:
-    losses = [(k + 1, value if k % 3 == 0 else k * 0.1) for k in range(count)]
-    svg = charts.line(losses, [(0, value)], total=count, marks=[1], name="a < b & c")
-    root = ElementTree.fromstring(svg)
-    assert root.get("role") == "img"
-    assert root.get("viewBox")
-    drawn = " ".join(p.get("d", "") for p in root.iter())
-    assert not re.search("nan|inf", drawn)
-    assert max((p.get("d", "").count("L") for p in root.iter()), default=0) <= charts.MOST
-    assert "currentColor" in svg
-
-
-def test_the_curve_can_be_read_aloud() -> None:
-    root = ElementTree.fromstring(charts.line([(1, 0.9), (2, 0.61234)], [(2, 0.7)]))
-    assert root.get("aria-label") == "loss 0.612 at step 2; 0.7 on held-out pictures"
-
-
-def test_bars_are_as_high_as_their_shares() -> None:
-    """Ten bars whose heights are to each other as what was drawn; the shares are said in words, and stand over the bars."""
-    counts = (100, 200, 0, 50, 50, 100, 100, 100, 100, 200)
-    root = ElementTree.fromstring(charts.levels(counts))
-    heights = [float(p.get("height", "")) for p in root.iter() if p.tag.endswith("rect")]
-    assert heights == pytest.approx([44 * count / 200 for count in counts], abs=0.06)
-    assert root.get("aria-label", "").endswith("10, 20, 0, 5, 5, 10, 10, 10, 10, 20")
-    assert "10,20,0,5,5,10,10,10,10,20" in ",".join(p.text or "" for p in root.iter() if p.tag.endswith("text"))
-
-
-def test_the_envelope_keeps_every_peak() -> None:
-    points = [(k, 100.0 if k == 777 else 0.0) for k in range(2000)]
-    kept = charts.envelope(points)
-    assert (777, 100.0) in kept
-    assert len(kept) <= charts.MOST
-    assert kept == sorted(kept)
-
-
-def test_only_core_widgets_that_both_versions_have(fake: FakeTrainer) -> None:
-    found, todo = set[str](), [panel_of(fake).widget]
-    while todo:
-        widget = todo.pop()
-        found.add(type(widget).__name__)
-        todo += getattr(widget, "children", ())
-    assert found <= {"VBox", "HBox", "HTML", "Image", "Button", "FloatText", "Text", "Dropdown"}
+def test_only_core_widgets_that_both_versions_have_and_each_has_a_name(fake: FakeTrainer) -> None:
+    found = every(panel_of(fake).widget)
+    known = {
+        "VBox",
+        "HBox",
+        "HTML",
+        "Image",
+        "Button",
+        "FloatText",
+        "IntText",
+        "Text",
+        "Dropdown",
+        "Checkbox",
+        "SelectionSlider",
+        "IntSlider",
+    }
+    assert {type(one).__name__ for one in found} <= known
+    for one in found:
+        if type(one).__name__ not in ("VBox", "HBox", "HTML", "Image"):
+            assert one.description or (one.tooltip if "tooltip" in one.traits() else one.description_tooltip)

@@ -18,6 +18,7 @@ from PIL import Image
 import sd3tune as st
 from sd3tune import charts
 from sd3tune.cli import main
+from sd3tune.curves import curve_of
 from sd3tune.errors import CheckpointError
 from sd3tune.records import NoticeRecord
 from sd3tune.reporting import reporters
@@ -145,14 +146,14 @@ def test_everything_is_there_and_nothing_is_fetched(folder: RunFolder) -> None:
 
 def test_the_curves_are_those_of_the_history_that_counts(folder: RunFolder) -> None:
     """What a rollback replaced is not drawn; a change of a setting is marked, a refused one is not."""
-    marked = charts.line([(n, 1 / n) for n in range(1, 11)], [(0, 0.9), (10, 0.45)], marks=[4])
+    marked = charts.line(curve_of((n, 1 / n) for n in range(1, 11)), [(0, 0.9), (10, 0.45)], marks=[4])
     assert marked in page(folder)
     assert charts.held_out([(0, 0.9), (10, 0.45)]) in page(folder)
     with folder.history.open("a") as file:
         file.write(json.dumps({"type": "segment", "step": 3, "from_step": 3, "parent": 0, "segment": 1, "why": "rollback"}) + "\n")
         file.write(json.dumps({"type": "step", "step": 4, "loss": 0.3, "segment": 1}) + "\n")
     text = page(folder)
-    assert charts.line([(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.3)], [(0, 0.9)]) in text
+    assert charts.line(curve_of([(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.3)]), [(0, 0.9)]) in text
     assert "the run goes on from step 3 (rollback)" in text
 
 

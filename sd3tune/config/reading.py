@@ -21,6 +21,9 @@ from sd3tune.errors import ConfigError
 LEAVES = {f.name: section for section, cls in SECTION_CLASSES.items() for f in dataclasses.fields(cls)}
 """Leaf name -> section."""
 
+HOW = ("gradient_checkpointing", "base_model_precision", "vae_enable_tiling", "vae_enable_slicing")
+"""Settings of how it is computed, not of what is learned: another memory, another resume. Another precision changes the base's rounding."""
+
 REFUSED = {
     "full": "full fine-tuning is out of scope; sd3tune trains adapters",
     "controlnet": "ControlNet training is out of scope",

@@ -15,6 +15,7 @@ from PIL import Image
 from sd3tune import charts
 from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import SECTION_CLASSES
+from sd3tune.curves import curve_of
 from sd3tune.files import write_text
 from sd3tune.keeping import best_of
 from sd3tune.models.clip import READING
@@ -103,9 +104,9 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     stays = [(r["step"], r["regularisation_loss"]) for r in history if r["type"] == "step" and r.get("regularisation_loss") is not None]
     evals = [(row["step"], row["loss"]) for row in history if row["type"] == "eval"]
     marks = [row["step"] for row in history if row["type"] == "command" and row["name"] == "set" and not row["refused"]]
-    drawn = [charts.line(steps, evals, marks=marks)]
+    drawn = [charts.line(curve_of(steps), evals, marks=marks)]
     if stays:
-        drawn.append(charts.line(stays, name="regularisation loss"))
+        drawn.append(charts.line(curve_of(stays), name="regularisation loss"))
     if evals:
         drawn.append(charts.held_out(evals))
     return _section("Loss", f'<div class="two">{"".join(f"<div>{one}</div>" for one in drawn)}</div>')

@@ -19,3 +19,8 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU's memory; 0 on other devices."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0

@@ -1,0 +1,54 @@
+"""What every panel can do: stand alone in a cell, say its configuration as code, and say what differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as widgets
+
+from sd3tune.config.schema import RunConfig
+from sd3tune.panels import codes
+from sd3tune.panels.draft import Draft
+from sd3tune.panels.looks import put, sentence
+
+
+class Panel:
+    """A view of a draft. ``widget`` is what a cell shows; several panels of one draft follow each other."""
+
+    def __init__(self, config: RunConfig | Draft) -> None:
+        self.draft = Draft.of(config)
+        self.note = widgets.HTML()
+        self.widget: Any = widgets.VBox()
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration as it is now: whole and legal, whatever stands in the fields."""
+        config: RunConfig = self.draft.config
+        return config
+
+    def code(self) -> str:
+        """The Python that makes this configuration again."""
+        return f"import sd3tune as st\n\nconfig = {codes.config_code(self.config)}\n"
+
+    def to_cell(self) -> None:
+        """Put `code` into a new cell below. Call it in a cell: front ends ignore it from a button."""
+        from IPython import get_ipython
+
+        shell = get_ipython()
+        if shell is None:
+            print(self.code())  # noqa: T201 (outside a notebook there are no cells)
+        else:
+            shell.set_next_input(self.code())
+
+    def diff(self, other: RunConfig | None = None) -> str:
+        """What differs from another configuration (by default the one that this began with), one setting a line."""
+        return codes.difference_text(self.config, other or self.draft.origin)
+
+    def say(self, text: str, *, bad: bool = False) -> None:
+        """Tell the person something, below the buttons."""
+        put(self.note, sentence(text, bad=bad))
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)

@@ -1,0 +1,142 @@
+"""The pictures of a run: a step to scrub to, the base model beside the adapter, one picture at full size."""
+
+from __future__ import annotations
+
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+from PIL import Image
+
+from sd3tune.panels.looks import put, row, sentence, tip, visible
+from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.pictures import Found, cell_of, drawn, title
+
+SIDE, KEPT = 320, 24
+"""Pixels of a picture in the grid, and grids that are kept to scrub through."""
+
+ALL = "all, small"
+
+
+class PicturesView:
+    """Shows what a run folder holds. The slider goes through the steps (arrow keys do, too); the wipe lays the adapter over the base."""
+
+    def __init__(self) -> None:
+        self._folder: RunFolder | None = None
+        self._made: dict[tuple[int, int, int], bytes] = {}
+        self.step: Any = tip(
+            widgets.SelectionSlider(
+                options=[("none", -1)], description="Step", continuous_update=False, layout={"width": "min(420px, 98%)"}
+            ),
+            "which step's pictures; arrow keys go through them",
+        )
+        self.which: Any = widgets.Dropdown(options=[(ALL, -1)], description="Picture", layout={"width": "min(420px, 98%)"})
+        self.wipe: Any = tip(
+            widgets.IntSlider(value=50, min=0, max=100, description="Wipe", continuous_update=False, layout={"width": "min(420px, 98%)"}),
+            "how much of the picture is the adapter's, from the left, in per cent; the rest is the base model's",
+        )
+        self.said = widgets.HTML()
+        self.image: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start"))
+        self.widget: Any = widgets.VBox(
+            [row(self.step, self.which, self.wipe), self.said, self.image], layout=widgets.Layout(width="100%", display="none")
+        )
+        for one in (self.step, self.which, self.wipe):
+            one.observe(lambda _: self.show(), "value")
+
+    def look(self, folder: Path | str, *, newest: bool = True) -> None:
+        """Take in what was drawn since; go to the newest step unless a person looks at another."""
+        self._folder = RunFolder(Path(folder))
+        steps = [step_of(at) for at in picture_folders(self._folder)]
+        if not steps:
+            return
+        at_end = self.step.value in (-1, self.step.options[-1][1])
+        wanted = steps[-1] if newest and at_end else self.step.value
+        self._made = {key: data for key, data in self._made.items() if key[0] != steps[-1]}
+        if [value for _, value in self.step.options] != steps:
+            self.step.options = [(str(step), step) for step in steps]
+        if self.step.value != wanted:
+            self.step.value = wanted
+        visible(self.widget, True)
+        self.show()
+
+    def show(self) -> None:
+        """Bring picture and sentence up to date."""
+        if self._folder is None or self.step.value < 0:
+            return
+        pictures = shown_at(self._folder, self.step.value)
+        names = [(ALL, -1), *((title(one.shot, [p.shot for p in pictures]) or "no prompt", k) for k, one in enumerate(pictures))]
+        if list(self.which.options) != names:
+            chosen = self.which.value
+            self.which.options = names
+            if chosen is not None and chosen < len(pictures):
+                self.which.value = chosen
+        alone = self.which.value is not None and self.which.value >= 0
+        visible(self.wipe, alone)
+        put(self.said, sentence(in_words(self._folder, self.step.value, pictures)))
+        key = (self.step.value, self.which.value if alone else -1, self.wipe.value if alone else 0)
+        if key not in self._made:
+            while len(self._made) >= KEPT:
+                del self._made[next(iter(self._made))]
+            self._made[key] = self._one(pictures[key[1]]) if alone else jpeg(grid_at(self._folder, self.step.value).image())
+        put(self.image, self._made[key])
+
+    def _one(self, found: Found) -> bytes:
+        assert self._folder is not None
+        base = next((one for one in drawn(self._folder, 0) if one.kind == "base" and one.shot == found.shot.base), None)
+        ours, theirs = cell_of(found), cell_of(base)
+        if not isinstance(ours, Image.Image):
+            return jpeg(Grid((("", (ours,)),), ("",)).image())
+        if isinstance(theirs, Image.Image) and theirs.size == ours.size:
+            edge = ours.width * self.wipe.value // 100
+            ours.paste(theirs.crop((edge, 0, ours.width, ours.height)), (edge, 0))
+        return jpeg(ours)
+
+
+def shown_at(folder: RunFolder, step: int) -> list[Found]:
+    """The pictures that a step is looked at by: the adapter's, or the base model's where there are no others."""
+    found = drawn(folder, step)
+    return [one for one in found if one.kind == "adapter"] or found
+
+
+def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
+    """The base model's pictures over a step's, each at most ``side`` px."""
+    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
+    pictures = shown_at(folder, step)
+    rows = [("base model", tuple(_small(base.get(one.shot.base), side) for one in pictures))] if base else []
+    for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
+        there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
+        if there:
+            rows.append((label, tuple(_small(there.get(one.shot.place), side) for one in pictures)))
+    return Grid(tuple(rows), tuple(title(one.shot, [p.shot for p in pictures]) for one in pictures))
+
+
+def _small(found: Found | None, side: int) -> Image.Image | str | None:
+    cell = cell_of(found)
+    if isinstance(cell, Image.Image):
+        cell.thumbnail((side, side))
+    return cell
+
+
+def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
+    """What is seen, for those who do not see it: how many, of what, what failed, and the scores."""
+    failed = [one for one in pictures if one.problem]
+    whose = "the LoRA" if any(one.kind == "adapter" for one in pictures) else "the base model alone"
+    said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {', '.join(one.shot.prompt or 'no prompt' for one in pictures[:8])}."
+    said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
+    scores = [row for row in folder.read_history() if row["type"] == "clip" and row["step"] == step]
+    return said + "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
+
+
+def jpeg(picture: Image.Image, quality: int = 85) -> bytes:
+    """A picture as a JPEG file's bytes."""
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+def alt(folder: RunFolder, step: int) -> str:
+    """What stands in a picture's place for those who do not see it."""
+    return escape(in_words(folder, step, shown_at(folder, step)), quote=True)

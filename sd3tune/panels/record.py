@@ -1,0 +1,71 @@
+"""What a run leaves in the notebook: a report that needs no kernel, with pictures to scrub through by plain CSS."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from sd3tune.files import digest
+from sd3tune.panels import showing
+from sd3tune.panels.looks import SMALL, sentence
+from sd3tune.panels.pictures import alt, grid_at, jpeg
+from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.snapshot import Snapshot
+
+MOST_BYTES, MOST_STEPS = 150_000, 8
+"""Of all pictures in a report, and steps to scrub through."""
+
+
+def report(now: Snapshot, code: str = "", changed: str = "") -> str:
+    """A run that ended, as HTML: its last line, curves, pictures, what differed from the preset, the code that does it again, its log."""
+    parts = [
+        sentence(showing.status(now), bad=now.state == "failed"),
+        f'<div style="max-width:760px">{showing.main_curve(now)}{showing.other_curves(now)}</div>' if now.count else "",
+        showing.spoken(now), showing.changes(now), scrubber(Path(now.folder)) if now.folder else "",
+        _folded("What differs from where it began", changed), _folded("The code that does this again", code), showing.log(now),
+    ]  # fmt: skip
+    return f'<div style="max-width:1100px">{"".join(parts)}</div>'
+
+
+def _folded(name: str, text: str) -> str:
+    if not text:
+        return ""
+    return f'<details><summary>{escape(name)}</summary><pre style="white-space:pre-wrap;{SMALL}">{escape(text)}</pre></details>'
+
+
+def scrubber(path: Path) -> str:
+    """The grids of a run folder behind radio buttons: arrow keys go through the steps, without a kernel and without scripts."""
+    folder = RunFolder(path)
+    steps = chosen([step_of(at) for at in picture_folders(folder)])
+    if not steps:
+        return ""
+    pictures = _fitting(folder, steps)
+    own = f"s{digest(str(path), *map(str, steps))[:8]}"
+    radios, frames, rules = "", "", ""
+    for step, data in pictures:
+        name, checked = f"{own}-{step}", " checked" if step == pictures[-1][0] else ""
+        radios += f'<input type="radio" name="{own}" id="{name}"{checked} aria-label="pictures of step {step}" style="margin:0 4px 0 12px">'
+        radios += f'<label for="{name}" style="{SMALL}">step {step} </label>'
+        source = f"data:image/jpeg;base64,{b64encode(data).decode()}"
+        frames += f'<img class="{name}" style="display:none;max-width:100%" alt="{alt(folder, step)}" src="{source}">'
+        rules += f"#{name}:checked~div img.{name}{{display:block!important}}"
+    return f'<div role="radiogroup" aria-label="step"><style>{rules}</style>{radios}<div>{frames}</div></div>'
+
+
+def chosen(steps: Sequence[int]) -> list[int]:
+    """At most so many steps, always the first and the last."""
+    if len(steps) <= MOST_STEPS:
+        return list(steps)
+    last = len(steps) - 1
+    return [steps[round(k * last / (MOST_STEPS - 1))] for k in range(MOST_STEPS)]
+
+
+def _fitting(folder: RunFolder, steps: Sequence[int]) -> list[tuple[int, bytes]]:
+    """The steps' grids, as large as all of them may be together."""
+    for side in (192, 128, 96, 64, 48):
+        found = [(step, jpeg(grid_at(folder, step, side).image(), 75)) for step in steps]
+        if sum(len(data) for _, data in found) <= MOST_BYTES:
+            return found
+    return found[-1:]

@@ -39,6 +39,9 @@ class Curve:
         return self.stretches[-1].smooth if self.stretches else None
 
 
+EMPTY = Curve()
+
+
 class Series:
     """Takes values one by one. The exponential average has no pull towards zero at its start, and knows every value."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from sd3tune.curves import Curve
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
+from sd3tune.failing import Failure
 from sd3tune.records import ImageRecord, PreviewRecord, StepRecord
 from sd3tune.snapshot import LEGAL, Command, Gauges, Snapshot, Until, after, reached
 
@@ -48,7 +48,7 @@ class Runner:
         self._log: deque[str] = deque(maxlen=200)
         self._gauges = Gauges()
         self._sent = 0
-        self._failure: tuple[type[Sd3TuneError], str, dict[str, Any]] | None = None
+        self._failure: Failure | None = None
 
     @classmethod
     def attach(cls, key: str | Path, make: Callable[[], Made]) -> Runner:
@@ -98,10 +98,7 @@ class Runner:
                 now = self._snapshot
                 raise TimeoutError(f"after {timeout:g} s the run is {now.state} at step {now.step} of {now.total_steps}")
         if self._failure is not None:
-            kind, text, details = self._failure
-            error = kind.__new__(kind, text)
-            error.__dict__.update(details)
-            raise error
+            raise self._failure.error()
         if not reached(self._snapshot, until):
             raise TrainingError(f"the run is {self._snapshot.state} at step {self._snapshot.step}, so this wait would never end")
         return self._snapshot
@@ -127,8 +124,9 @@ class Runner:
             end, text = "stopped" if trainer is None else self._work(trainer), ""
         # Nobody is above a thread: whatever is not caught here would leave a panel that says "training" for ever.
         except BaseException as error:  # noqa: BLE001
-            end, text = "failed", self._explain(error)
-            traceback.clear_frames(error.__traceback__)
+            self._failure = Failure.of(error, self._snapshot.folder)
+            end, text = "failed", self._failure.text
+            self._put(out_of_memory=self._failure.out_of_memory)
         trainer = None
         del make
         gc.collect()
@@ -138,17 +136,6 @@ class Runner:
             while (command := self._next()) is not None:
                 self._refuse(command)
                 self._answered()
-
-    def _explain(self, error: BaseException) -> str:
-        """The failure in words; the traceback goes to the run's log."""
-        ours = isinstance(error, Sd3TuneError)
-        text = str(error) if ours else f"{type(error).__name__}: {error}"
-        self._failure = (type(error), text, dict(vars(error))) if isinstance(error, Sd3TuneError) else (TrainingError, text, {})
-        self._put(out_of_memory=type(error).__name__ in ("OutOfMemoryError", "MemoryError"))
-        if self._snapshot.folder:
-            with suppress(OSError), (Path(self._snapshot.folder) / "train.log").open("a", encoding="utf-8") as log:
-                log.write("".join(traceback.format_exception(error)))
-        return text
 
     def _prepared(self, made: Made) -> Trainer | None:
         """The trainer; nothing when it was stopped before there is one. Records on the way are what it takes."""
@@ -174,7 +161,7 @@ class Runner:
     def _work(self, trainer: Trainer) -> str:
         self._put(
             step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
-            began_with=trainer.config, message="", noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
+            began_with=trainer.config, began_at=trainer.steps_done, message="", noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
         self._obey(trainer)
@@ -224,6 +211,8 @@ class Runner:
             self._save(trainer)
         elif name == "validate":
             self._validate(trainer)
+        elif name == "look":
+            self._look(trainer, **command.values)
         elif name == "rewind":
             self._rewind(trainer, **command.values)
         elif name == "stop":
@@ -234,8 +223,15 @@ class Runner:
             trainer.note(name)
             self._note(f"{name.replace('_', ' ')}, by you")
             self._put(state="paused" if name == "pause" else "training", message="", refused="")
-        if name in ("validate", "save"):
+        if name in ("validate", "save", "look"):
             self._put(state=state, message="", refused="")
+
+    def _look(self, trainer: Trainer, work: Callable[[Trainer], Iterator[Record]]) -> None:
+        """Lend the model to something that draws and changes nothing, such as a grid of settings."""
+        self._put(state="validating", cells=())
+        for record in work(trainer):
+            self._take(record)
+            self._obey(trainer)
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
         trainer.rewind(step)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.curves import Curve, Series
+from sd3tune.curves import EMPTY, Curve, Series
 from sd3tune.records import (
     CacheRecord,
     CheckpointRecord,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 LEGAL: dict[str, frozenset[str]] = {
     "idle": frozenset({"start"}),
     "preparing": frozenset({"pause", "stop", "set"}),
-    "training": frozenset({"pause", "stop", "validate", "set", "save", "rewind"}),
-    "paused": frozenset({"go_on", "stop", "validate", "set", "save", "rewind"}),
+    "training": frozenset({"pause", "stop", "validate", "set", "save", "rewind", "look"}),
+    "paused": frozenset({"go_on", "stop", "validate", "set", "save", "rewind", "look"}),
     "validating": frozenset({"pause", "stop", "set", "save"}),
     "stopping": frozenset(),
     "stopped": frozenset(),
@@ -72,21 +72,25 @@ class Snapshot:
     """What was changed by hand, in words, and after which update."""
     steering: tuple[tuple[int, dict[str, Any]], ...] = ()
     """The same as settings."""
+    began_at: int = 0
+    """Updates that were done when this process took the run up; 0 for a run of its own."""
     began_with: RunConfig | None = None
     """The configuration before any of that."""
     folder: str = ""
     config: RunConfig | None = None
     noise_levels: tuple[int, ...] = ()
     """How many of those drawn lie in each tenth of 0 to 1."""
+    cells: tuple[Any, ...] = ()
+    """Of the newest grid that was asked for, as far as they are drawn."""
     previews: tuple[bytes, ...] = ()
     """Pictures that are being drawn, as JPEG files, while previews are asked for."""
     count: int = 0
     """Updates that were seen."""
-    loss: Curve = Curve()
+    loss: Curve = EMPTY
     bands: tuple[Curve, ...] = ()
     """The loss of single pictures, in quarters of the noise levels from picture to noise."""
-    rates: Curve = Curve()
-    grad_norms: Curve = Curve()
+    rates: Curve = EMPTY
+    grad_norms: Curve = EMPTY
     out_of_memory: bool = False
     """Whether that is what the run failed of."""
 
@@ -164,6 +168,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         return {"previews": (), "pictures": now.pictures + 1, "grid_step": record.step}, said
     if isinstance(record, ScoreRecord):
         return {}, said_of(record)
+    if record.type == "cell":
+        return {"cells": (*now.cells, record), "previews": ()}, ""
     if isinstance(record, EvalRecord):
         said = f"loss on held-out pictures {record.loss:.4g}" + f"; {record.verdict}" * bool(record.verdict)
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said

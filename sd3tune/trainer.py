@@ -540,9 +540,10 @@ class Trainer:
         return self._saver.pin(path) if self.processes.main else path
 
     def rewind(self, step: int) -> Record:
-        """Go back to a checkpoint, with the settings of then; what came after it no longer counts. The state as it is stays as a checkpoint.
+        """Go back to a checkpoint, with the settings of then; what came after it no longer counts.
 
-        Raises: CheckpointError when there is none of this step; TrainingError with several processes.
+        The state as it is stays as a checkpoint. Raises: CheckpointError when there is none of this step; TrainingError with
+        several processes.
         """
         if self.processes.count > 1:
             raise TrainingError("of several processes none goes back alone; stop, and resume the checkpoint's folder")
@@ -566,9 +567,9 @@ class Trainer:
     def resume(cls, run_folder: str | Path, cache: Cache | None = None, **changes: Any) -> Trainer:
         """The run of a folder (or of one of its checkpoints), exactly where its newest checkpoint left it; prints a certificate.
 
-        ``changes`` are live settings, such as a learning rate or a length, or those of ``config.reading.HOW``, and are written to the history.
-        Another number of processes goes on with the same batches. Raises: CheckpointError when there is none, or when pictures or captions are no
-        longer the same; ConfigError.
+        ``changes`` are live settings, such as a learning rate or a length, or those of ``config.reading.HOW``; the history tells them.
+        Another number of processes goes on with the same batches. Raises: CheckpointError when there is none, or when pictures or
+        captions are no longer the same; ConfigError.
         """
         processes = join()
         found = resuming.read(run_folder, cache, processes)

@@ -28,8 +28,8 @@ def test_a_curve_is_bounded_and_keeps_every_peak_and_the_exact_average(values: l
         assert curve.latest == (step, value)
     assert min(s.low for s in curve.stretches) == min(values)
     assert max(s.high for s in curve.stretches) == max(values)
-    assert [s.first for s in curve.stretches][0] == 1
-    assert [s.last for s in curve.stretches][-1] == len(values)
+    assert curve.stretches[0].first == 1
+    assert curve.stretches[-1].last == len(values)
     assert all(one.last < other.first for one, other in zip(curve.stretches, curve.stretches[1:], strict=False))
     averages = smooth(values)
     assert [s.smooth for s in curve.stretches] == pytest.approx([averages[s.last - 1] for s in curve.stretches], rel=1e-12)

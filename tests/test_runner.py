@@ -31,7 +31,7 @@ from sd3tune.records import (
 from sd3tune.runner import Runner
 from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot
 
-COMMANDS = ("start", "pause", "go_on", "stop", "validate", "set", "save", "rewind")
+COMMANDS = ("start", "pause", "go_on", "stop", "validate", "set", "save", "rewind", "look")
 PATIENCE = 10
 
 
@@ -188,7 +188,9 @@ def bring_to(state: str, fake: FakeTrainer) -> tuple[Runner, Callable[[], None]]
 def test_a_command_is_refused_in_words_exactly_when_the_table_says_so(state: str, command: str, fake: FakeTrainer) -> None:
     runner, let_go = bring_to(state, fake)
     assert runner.snapshot.state == state
-    runner.send(command, **{"set": {"learning_rate": 0.25}, "rewind": {"step": 0}}.get(command, {}))
+    runner.send(
+        command, **{"set": {"learning_rate": 0.25}, "rewind": {"step": 0}, "look": {"work": lambda trainer: iter(())}}.get(command, {})
+    )
     runner.send("no such command")
     let_go()
     with runner._changed:

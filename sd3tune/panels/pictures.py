@@ -124,7 +124,8 @@ def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
     """What is seen, for those who do not see it: how many, of what, what failed, and the scores."""
     failed = [one for one in pictures if one.problem]
     whose = "the LoRA" if any(one.kind == "adapter" for one in pictures) else "the base model alone"
-    said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {', '.join(one.shot.prompt or 'no prompt' for one in pictures[:8])}."
+    prompts = ", ".join(one.shot.prompt or "no prompt" for one in pictures[:8])
+    said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {prompts}."
     said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
     scores = [row for row in folder.read_history() if row["type"] == "clip" and row["step"] == step]
     return said + "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from sd3tune.panels import codes, record, showing
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.looks import button, column, put, row, sentence, tip, visible
+from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
+from sd3tune.panels.redrawn import Redrawn
 from sd3tune.panels.relief import Relief
 from sd3tune.run_folder import RunFolder, step_of
 from sd3tune.runner import Runner
@@ -24,7 +26,6 @@ from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot, Until
 if TYPE_CHECKING:
     from sd3tune.cache import Cache
     from sd3tune.config import RunConfig
-    from sd3tune.records import Record
     from sd3tune.runner import Made
     from sd3tune.trainer import Trainer
 
@@ -42,31 +43,9 @@ BUTTONS = {
 TICK = 0.4
 """Seconds between two looks at the run."""
 
-LEAST, SHARE = 1.0, 100
-"""A drawing is made anew at most once a second, and takes at most one part in a hundred of the time."""
-
-
-class Redrawn:
-    """Drawings of a snapshot: made anew only when something in them changed, and seldom enough to cost next to nothing."""
-
-    def __init__(self, key: Callable[[Snapshot], object], *drawings: tuple[Callable[[Snapshot], str], Any]) -> None:
-        self._key, self._drawings = key, drawings
-        self._drawn: object = None
-        self._next = 0.0
-
-    def look(self, now: Snapshot, clock: float) -> None:
-        """Draw if it is time, or if the run just ended."""
-        key = (self._key(now), now.live)
-        if key == self._drawn or (clock < self._next and now.live):
-            return
-        started = time.perf_counter()
-        for draw, widget in self._drawings:
-            put(widget, draw(now))
-        self._drawn, self._next = key, clock + max(LEAST, SHARE * (time.perf_counter() - started))
-
 
 class RunPanel(Panel):
-    """Buttons, status, curves, pictures and log of one run. ``runner`` is the run; settings come from the draft, live ones reach it at once.
+    """Buttons, status, curves, pictures and log of one run, ``runner``. Settings come from the draft; live ones reach the run at once.
 
     Without a cache, *Start* encodes what is missing first, from ``data``. ``make`` makes the trainer. ``price`` is what an hour costs.
     """
@@ -93,6 +72,8 @@ class RunPanel(Panel):
             Redrawn(lambda now: now.noise_levels, (showing.levels, self.levels)),
             Redrawn(lambda now: now.log, (showing.log, self.log)),
         )
+        self.watchers: list[Callable[[Snapshot], None]] = []
+        """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
         self._told, self._seen, self._sent = self.runner.snapshot.refusals, 0, dict[str, tuple[str, float]]()
@@ -153,9 +134,10 @@ class RunPanel(Panel):
 
     def code(self) -> str:
         """The Python that does this run again, with every change made on the way."""
-        steering = self.runner.snapshot.steering
-        begun = self.runner.snapshot.began_with or self.config
-        return codes.run_code(begun if steering else self.config, steering, self._data)
+        now = self.runner.snapshot
+        if now.began_at:
+            return f"import sd3tune as st\n\nst.replay({now.folder!r})  # it was resumed: its history holds all that was changed\n"
+        return codes.run_code((now.began_with if now.steering else None) or self.config, now.steering, self._data)
 
     def _begin(self, make: Callable[[], Made]) -> None:
         if not self.runner.snapshot.live:
@@ -226,6 +208,8 @@ class RunPanel(Panel):
             if now.folder and now.pictures != self._seen and now.state != "validating":
                 self._seen = now.pictures
                 self.pictures.look(now.folder)
+            for look in self.watchers:
+                look(now)
             self._buttons(now, clock)
             self.draft.live = now.live
             self.relief.offer(now)
@@ -283,31 +267,3 @@ class RunPanel(Panel):
         self._record.update(HTML(html))
         for one in (self.chart, self.others, self.words, self.changed, self.levels, self.log):
             visible(one, not html)
-
-
-def make_trainer(config: RunConfig, cache: Cache) -> Trainer:
-    """The trainer of a panel's run; called in the worker."""
-    from sd3tune.trainer import Trainer
-
-    return Trainer(config, cache)
-
-
-def prepared(config: RunConfig, data: str | Path) -> Generator[Record, None, Trainer]:
-    """A trainer from a file of data sets: plan, encode what is missing with a record for each entry, load the model."""
-    from sd3tune.cache import CacheBuilder
-    from sd3tune.data import discover, plan
-    from sd3tune.models.encoders import encoders
-
-    builder = CacheBuilder(plan(discover(data), config), encoders(config))
-    records = []
-    for one in builder:
-        records.append(one)
-        yield one
-    return make_trainer(config, builder.cache(records))
-
-
-def resumed(folder: str, cache: Cache | None, changes: dict[str, Any]) -> Trainer:
-    """The trainer of a run that goes on; called in the worker."""
-    from sd3tune.trainer import Trainer
-
-    return Trainer.resume(folder, cache, **changes)

@@ -15,7 +15,7 @@ from sd3tune.panels.draft import Draft
 from sd3tune.panels.forms import Form
 from sd3tune.panels.looks import button, column, put, row, sentence, small, tip
 from sd3tune.shown import size_in_words
-from sd3tune.validation.sampler import Guidance
+from sd3tune.validation.shots import guidance_of
 
 SLG_MEDIUM: dict[str, Any] = {
     "validation_guidance_skip_layers": (7, 8, 9), "validation_guidance_skip_layers_start": 0.01,
@@ -140,16 +140,14 @@ def guidance_words(config: RunConfig) -> str:
     layers = v.validation_guidance_skip_layers
     if not layers:
         return "Skip-layer guidance is off: SLG layers names no blocks."
-    guidance = Guidance(
-        v.validation_guidance, layers, skip_start=v.validation_guidance_skip_layers_start,
-        skip_stop=v.validation_guidance_skip_layers_stop, skip_scale=v.validation_guidance_skip_scale,
-    )  # fmt: skip
+    guidance = guidance_of(config)
     active = guidance.active_steps(v.validation_num_inference_steps)
     if not active:
         return f"Skip-layer guidance acts in no step of {v.validation_num_inference_steps}: widen SLG start and stop."
     span = f"step {active[0]}" if len(active) == 1 else f"steps {active[0]} to {active[-1]}"
     blocks = f"block {layers[0]}" if len(layers) == 1 else f"blocks {', '.join(map(str, layers))}"
-    return f"Skip-layer guidance acts in {span} of {v.validation_num_inference_steps}: away from the model without {blocks}. It never touches training."
+    acts = f"acts in {span} of {v.validation_num_inference_steps}: away from the model without {blocks}"
+    return f"Skip-layer guidance {acts}. It never touches training."
 
 
 def forecast(config: RunConfig) -> str:

@@ -1,0 +1,197 @@
+"""The data panel: what is in the folders, how it is cut, which words go with it; captions are edited beside the data, never in it."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from sd3tune.data import discover, overlay, plan
+from sd3tune.data.sheet import framed, histogram, sheet, table
+from sd3tune.errors import Sd3TuneError
+from sd3tune.files import write_text
+from sd3tune.panels.base import Panel
+from sd3tune.panels.draft import Draft
+from sd3tune.panels.looks import button, put, row, sentence, small, tabs, tip
+from sd3tune.panels.pictures import jpeg
+
+if TYPE_CHECKING:
+    from sd3tune.config import RunConfig
+    from sd3tune.data import Plan
+    from sd3tune.data.buckets import Placement
+
+SHOWN = 24
+"""Pictures of the contact sheet on one page."""
+
+
+class DataPanel(Panel):
+    """Looks at a file of data sets (or a folder) with the draft's settings; ``plan`` is what a run would train on.
+
+    Edited captions go to a file beside the data sets' file, and as ``.txt`` only into a new folder.
+    """
+
+    def __init__(self, config: RunConfig | Draft, data: str | Path = "datasets.yaml") -> None:
+        super().__init__(config)
+        self.plan: Plan | None = None
+        self.source: Any = tip(
+            widgets.Text(value=str(data), description="Data", continuous_update=False, layout={"width": "min(560px, 98%)"}),
+            "a datasets.yaml, or a folder of pictures with .txt captions",
+        )
+        self.found, self.sizes, self.problems, self.pages = (widgets.HTML() for _ in range(4))
+        self.page: Any = tip(widgets.IntText(value=1, description="Page", layout={"width": "150px"}), "of the contact sheet")
+        self.picture: Any = widgets.Dropdown(options=[("none", -1)], description="Picture", layout={"width": "min(560px, 98%)"})
+        self.shown: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="240px", height="auto", align_self="flex-start"))
+        self.caption: Any = widgets.Textarea(description="Caption", continuous_update=True, rows=4, layout={"width": "min(560px, 98%)"})
+        self.counted, self.kept = widgets.HTML(), widgets.HTML()
+        self.folder: Any = widgets.Text(value="captions", description="New folder", layout={"width": "min(360px, 98%)"})
+        self.edits: dict[tuple[str, str], str] = {}
+        """(data set, picture) -> a caption that was edited and is not saved yet."""
+        self.widget = self._layout()
+        self.source.observe(lambda _: self.look(), "value")
+        self.page.observe(lambda _: self._show_page(), "value")
+        self.picture.observe(lambda _: self._choose(), "value")
+        self.caption.observe(lambda _: self._edited(), "value")
+
+    def look(self) -> None:
+        """Read the folders (headers alone, no model) and show what a run would do with them."""
+        try:
+            self.plan = plan(discover(self.source.value), self.config)
+        except Sd3TuneError as error:
+            self.plan = None
+            self.say(str(error), bad=True)
+            return
+        made = self.plan
+        self.say("")
+        put(
+            self.found,
+            sentence(made.sentence())
+            + small(made.advice())
+            + f"<details><summary>the whole plan</summary><pre>{escape(str(made))}</pre></details>",
+        )
+        put(self.sizes, histogram(made))
+        rows = [*((p, "left out") for p in made.problems), *((p, "look at") for p in made.warnings or ())]
+        put(self.problems, table(rows) or sentence("Nothing is left out."))
+        self._show_page()
+        options = [(f"{k + 1}. {p.item.path.name}", k) for k, p in enumerate(self.cuts)] or [("none", -1)]
+        if list(self.picture.options) != options:
+            self.picture.options = options
+        self._choose()
+
+    @property
+    def cuts(self) -> list[Placement]:
+        """The pictures of the plan, each once, in the plan's order."""
+        made = self.plan
+        return [] if made is None else list({p.item.path: p for p in (*made.train, *made.evaluation)}.values())
+
+    def save(self) -> None:
+        """Keep the edited captions in the file beside the data sets' file; the next run reads them."""
+        data = Path(self.source.value)
+        if data.is_dir():
+            self.say(
+                "A folder has no place for edited captions that is not in it: write a datasets.yaml (sd3tune configure), or export.",
+                bad=True,
+            )
+            return
+        edits: dict[str, dict[str, tuple[str, ...]]] = {}
+        for (dataset, picture), text in self.edits.items():
+            edits.setdefault(dataset, {})[picture] = (text,)
+        try:
+            path = overlay.save(data, edits)
+        except Sd3TuneError as error:
+            self.say(str(error), bad=True)
+            return
+        count = len(self.edits)
+        self.edits.clear()
+        self.look()
+        self.say(f"{count} captions are kept in {path}; only they are encoded again.")
+
+    def export(self) -> None:
+        """Write every caption as a ``.txt`` file into a new folder; an existing one is refused."""
+        folder = Path(self.folder.value)
+        if folder.exists():
+            self.say(f"{folder.absolute()} is there already; name a new folder, so that nothing is overwritten", bad=True)
+            return
+        try:
+            for cut in self.cuts:
+                write_text(folder / cut.item.dataset.id / Path(self._name(cut)).with_suffix(".txt"), self._words(cut) + "\n")
+        except Sd3TuneError as error:
+            self.say(str(error), bad=True)
+            return
+        self.say(f"{len(self.cuts)} captions are written into {folder.absolute()}.")
+
+    def count(self) -> None:
+        """How many tokens each text encoder counts in the caption, and what it does not see of it."""
+        from sd3tune.models.tokens import count_tokens
+
+        try:
+            found = count_tokens(self.config, [self.caption.value])[0]
+        except Sd3TuneError as error:
+            put(self.counted, sentence(str(error), bad=True))
+            return
+        put(self.counted, sentence("; ".join(map(str, found))))
+
+    @staticmethod
+    def _name(cut: Placement) -> str:
+        return cut.item.found.name if cut.item.found else cut.item.path.name
+
+    def _words(self, cut: Placement) -> str:
+        return self.edits.get((cut.item.dataset.id, self._name(cut)), cut.item.caption)
+
+    def _choose(self) -> None:
+        place = self.picture.value
+        if place is None or not 0 <= place < len(self.cuts):
+            return
+        cut = self.cuts[place]
+        picture = framed(cut)
+        put(self.shown, jpeg(picture.convert("RGB")) if picture else b"")
+        put(self.counted, "")
+        put(self.caption, self._words(cut))
+        self._tell()
+
+    def _edited(self) -> None:
+        place = self.picture.value
+        if place is None or not 0 <= place < len(self.cuts):
+            return
+        cut = self.cuts[place]
+        key = (cut.item.dataset.id, self._name(cut))
+        if self.caption.value == cut.item.caption:
+            self.edits.pop(key, None)
+        else:
+            self.edits[key] = self.caption.value
+        self._tell()
+
+    def _tell(self) -> None:
+        put(
+            self.kept,
+            sentence(
+                f"{len(self.edits)} captions are edited and not saved yet." if self.edits else "All captions are as they are on the disk."
+            ),
+        )
+
+    def _show_page(self) -> None:
+        start = SHOWN * (max(1, self.page.value) - 1)
+        cuts = self.cuts[start : start + SHOWN]
+        pages = -(-len(self.cuts) // SHOWN)
+        said = f"Page {self.page.value} of {pages}: the frame is what training sees of each picture."
+        cells = sheet([(framed(cut), f"{cut.item.path.name}: {self._words(cut)} ({cut.bucket})") for cut in cuts])
+        put(self.pages, (sentence(said) if pages else "") + cells)
+
+    def _layout(self) -> Any:
+        look = button("Look", self.look, "read the folders and show what a run would do with them; nothing is written")
+        captions = widgets.VBox(
+            [
+                self.picture, row(self.shown, widgets.VBox([self.caption, row(
+                    button("Count tokens", self.count, "what each text encoder sees of this caption"),
+                    button("Save edits", self.save, "into a file beside the data sets' file; pictures' folders are never written to"),
+                ), self.counted, self.kept])),
+                row(self.folder, button("Export as .txt", self.export, "every caption as a file, into a new folder")),
+            ]
+        )  # fmt: skip
+        parts = {
+            "Pictures": widgets.VBox([self.page, self.pages]), "Captions": captions, "Sizes": self.sizes, "Problems": self.problems,
+        }  # fmt: skip
+        return widgets.VBox(
+            [row(self.source, look), self.note, self.found, tabs(parts)], layout=widgets.Layout(width="100%", max_width="1100px")
+        )

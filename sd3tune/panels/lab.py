@@ -1,0 +1,150 @@
+"""The grid lab: pictures over two settings of the validation, with their price first; a cell's settings are taken over by a click."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from sd3tune.errors import ConfigError
+from sd3tune.panels import fields
+from sd3tune.panels.looks import button, put, row, sentence, tip
+from sd3tune.panels.pictures import jpeg
+from sd3tune.panels.run import RunPanel
+from sd3tune.xy import XYGrid, XYRecord, grid_of, label
+
+if TYPE_CHECKING:
+    from sd3tune.records import Record
+    from sd3tune.snapshot import Snapshot
+    from sd3tune.trainer import Trainer
+
+AXES = {
+    "validation_guidance": "1, 2.5, 4, 6", "validation_guidance_skip_scale": "0, 1.4, 2.8, 5.6",
+    "validation_guidance_skip_layers": "none; 7, 8, 9; 6, 7, 8", "validation_guidance_skip_layers_stop": "0.1, 0.2, 0.4",
+    "validation_adapter_strength": "0, 0.5, 1, 1.3", "validation_num_inference_steps": "14, 28, 50", "validation_seed": "1, 2, 3",
+    "validation_shift": "1.5, 3, 5", "validation_noise_scheduler": "euler, heun, dpm, unipc",
+}  # fmt: skip
+"""Settings that an axis may have, with values to begin with."""
+
+
+class GridLab:
+    """Draws with the live model of a run panel: pause it, or let it train on and lend the model in between."""
+
+    def __init__(self, panel: RunPanel) -> None:
+        self.panel = panel
+        options = [(fields.label(name), name) for name in AXES]
+        narrow, wide = {"width": "min(300px, 98%)"}, {"width": "min(420px, 98%)"}
+        self.x: Any = widgets.Dropdown(options=options, value="validation_guidance", description="Across", layout=narrow)
+        self.y: Any = widgets.Dropdown(options=options, value="validation_guidance_skip_scale", description="Down", layout=narrow)
+        self.xs: Any = tip(
+            widgets.Text(description="Values", continuous_update=False, layout=wide), "of the columns; lists of blocks are parted by ;"
+        )
+        self.ys: Any = tip(widgets.Text(description="Values", continuous_update=False, layout=wide), "of the rows")
+        self.prompt: Any = widgets.Dropdown(options=[("first prompt", None)], description="Prompt", layout=wide)
+        self.cell: Any = tip(
+            widgets.Dropdown(options=[("no cell yet", "")], description="Cell", layout=wide), "whose settings are taken over"
+        )
+        self.note = widgets.HTML()
+        self.image: Any = widgets.Image(
+            format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
+        )
+        self._axes: tuple[tuple[str, list[Any]], tuple[str, list[Any]]] | None = None
+        self._seen: tuple[XYRecord, ...] = ()
+        go = button("Draw", self.draw, "says the price first; pause and stop are obeyed when the grid is drawn")
+        self.widget: Any = widgets.VBox(
+            [
+                row(self.x, self.xs),
+                row(self.y, self.ys),
+                row(self.prompt, go),
+                self.note,
+                self.image,
+                row(self.cell, button("Use this cell", self.use, "its settings go into the form, and into a live run")),
+            ],
+            layout=widgets.Layout(width="100%", max_width="1100px"),
+        )
+        for axis, values in ((self.x, self.xs), (self.y, self.ys)):
+            axis.observe(lambda change, values=values: setattr(values, "value", AXES[change["new"]]), "value")
+            values.value = AXES[axis.value]
+        panel.draft.observe(lambda _: self._prompts(), "config")
+        panel.watchers.append(self.look)
+        self._prompts()
+
+    def draw(self) -> None:
+        """Ask the run to draw the grid."""
+        try:
+            axes = ((self.x.value, values_of(self.x.value, self.xs.value)), (self.y.value, values_of(self.y.value, self.ys.value)))
+        except ConfigError as error:
+            put(self.note, sentence("; ".join(error.problems), bad=True))
+            return
+        if axes[0][0] == axes[1][0]:
+            put(self.note, sentence("Across and Down are the same setting; choose two.", bad=True))
+            return
+        if not self.panel.runner.snapshot.live:
+            put(self.note, sentence("No model is loaded: press Start or Go on, and Pause, in the run panel.", bad=True))
+            return
+        self._axes, prompt = axes, self.prompt.value
+
+        def work(trainer: Trainer) -> Iterator[Record]:
+            yield from XYGrid(trainer, *axes, prompt=prompt)
+
+        put(self.note, sentence("Asked; the run draws it after this update."))
+        self.panel.runner.send("look", work=work)
+
+    def look(self, now: Snapshot) -> None:
+        """Show the cells that came since."""
+        if self._axes is None or now.cells == self._seen:
+            return
+        self._seen = now.cells
+        cells = {(one.row, one.column): one for one in now.cells}
+        put(self.image, jpeg(grid_of(*self._axes, cells).image()))
+        self.image.layout.display = ""
+        count = len(self._axes[0][1]) * len(self._axes[1][1])
+        best = max((one for one in now.cells if one.clip is not None), key=lambda one: one.clip or 0.0, default=None)
+        score = f" The highest CLIP score, {best.clip:.3f}, has {_words(best)}." if best is not None else ""
+        put(self.note, sentence(f"{len(cells)} of {count} cells are drawn.{score}"))
+        options = [(_words(one), f"{one.row},{one.column}") for one in now.cells]
+        if options and list(self.cell.options) != options:
+            self.cell.options = options
+
+    def use(self) -> None:
+        """Take the chosen cell's settings over."""
+        found = next((one for one in self._seen if f"{one.row},{one.column}" == self.cell.value), None)
+        if found is None:
+            put(self.note, sentence("Draw a grid first.", bad=True))
+            return
+        problems = self.panel.draft.change(**found.settings)
+        said = "; ".join(problems.values()) or f"Taken over: {_words(found)}."
+        put(self.note, sentence(said, bad=bool(problems)))
+
+    def _prompts(self) -> None:
+        options = [("first prompt", None), *((one.name or "no prompt", one.prompt) for one in self.panel.config.prompts)]
+        if list(self.prompt.options) != options:
+            self.prompt.options = options
+
+
+def _words(cell: XYRecord) -> str:
+    return ", ".join(label(name, value) for name, value in cell.settings.items())
+
+
+def values_of(name: str, typed: str) -> list[Any]:
+    """The values of an axis as they were typed. Raises: ConfigError."""
+    parts = typed.split(";") if name == "validation_guidance_skip_layers" else re.split(r"[,;]", typed)
+    found = []
+    for part in parts:
+        text = part.strip()
+        if not text:
+            continue
+        if name == "validation_guidance_skip_layers":
+            found.append(None if text in ("none", "off") else fields.read(name, text))
+        elif name == "validation_noise_scheduler":
+            found.append(text)
+        else:
+            try:
+                found.append(int(text) if name in ("validation_num_inference_steps", "validation_seed") else float(text))
+            except ValueError:
+                raise ConfigError([f"{fields.label(name)}: {text!r} is not a number"], "the grid") from None
+    if not found:
+        raise ConfigError([f"{fields.label(name)} has no values"], "the grid")
+    return found

@@ -1,0 +1,63 @@
+"""Every panel over one draft, behind tabs: from the machine to the file that works elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from sd3tune.panels.compare import ComparePanel
+from sd3tune.panels.data import DataPanel
+from sd3tune.panels.doctor import DoctorPanel
+from sd3tune.panels.export import ExportPanel
+from sd3tune.panels.lab import GridLab
+from sd3tune.panels.looks import tabs
+from sd3tune.panels.run import RunPanel
+from sd3tune.panels.settings import LearningPanel, ModelPanel, ValidationPanel
+
+if TYPE_CHECKING:
+    from sd3tune.cache import Cache
+    from sd3tune.config import RunConfig
+    from sd3tune.panels.draft import Draft
+    from sd3tune.trainer import Trainer
+
+
+class Studio(RunPanel):
+    """The run with all other panels over it. Each of them is an attribute, and may be shown alone."""
+
+    def __init__(
+        self, config: RunConfig | Draft, cache: Cache | None = None, *, data: str | Path = "datasets.yaml",
+        make: Callable[[RunConfig, Cache], Trainer] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config, cache, data=data, make=make)
+        runs = Path(self.config.run.output_dir)
+        self.machine, self.data = DoctorPanel(self.draft), DataPanel(self.draft, data)
+        self.model, self.learning, self.drawing = ModelPanel(self.draft), LearningPanel(self.draft), ValidationPanel(self.draft)
+        self.lab, self.compared, self.export = GridLab(self), ComparePanel(runs.parent), ExportPanel(runs)
+        parts: dict[str, Any] = {
+            "Machine": self.machine.widget, "Model": self.model.widget, "Data": self.data.widget, "Training": self.learning.widget,
+            "Validation": self.drawing.widget, "Grid lab": self.lab.widget, "Compare": self.compared.widget, "Export": self.export.widget,
+        }  # fmt: skip
+        self.fields: dict[str, Any] = {**self.model.fields, **self.learning.fields, **self.drawing.fields}
+        self.tabs: Any = tabs(parts)
+        self.widget = widgets.VBox([self.tabs, self.widget], layout=widgets.Layout(width="100%", max_width="1100px"))
+        self.data.source.observe(lambda change: self._from(change["new"]), "value")
+
+    def press(self, name: str) -> None:
+        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
+        wrong = [form for panel in (self.model, self.learning, self.drawing) for form in panel.forms if form.wrong]
+        if name == "start" and wrong:
+            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
+            return
+        super().press(name)
+
+    def _from(self, data: str) -> None:
+        """Train on other data from the next run on."""
+        self._data, self._cache = data, None
+
+    def look_at_run(self) -> None:
+        """Let the export panel begin with the run that is shown."""
+        if self.runner.snapshot.folder:
+            self.export.source.value = self.runner.snapshot.folder

@@ -1,0 +1,114 @@
+"""A grid of pictures over two settings of the validation, for the adapter as it is now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sd3tune.config.sections import Validation
+from sd3tune.errors import ConfigError
+from sd3tune.records import NoticeRecord, Record
+from sd3tune.shown import duration
+from sd3tune.trainer import Trainer
+from sd3tune.validation.grids import Grid
+from sd3tune.validation.painter import Drawn, Failed, Said, Step
+from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.validator import preview_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class XYRecord(Record):
+    """One cell of a grid is drawn, or ``problem`` says why not."""
+
+    type: ClassVar[str] = "cell"
+    row: int
+    column: int
+    settings: dict[str, Any]
+    clip: float | None
+    """How well prompt and picture agree, 0 to 1; nothing unless ``evaluation_type`` is clip."""
+    seconds: float
+    problem: str = ""
+    picture: Image | None = field(default=None, repr=False, compare=False)
+
+
+class XYGrid:
+    """Iterate to draw it, cheapest cells first; it touches neither the training nor the run's settings."""
+
+    def __init__(
+        self, trainer: Trainer, x: tuple[str, Sequence[Any]], y: tuple[str, Sequence[Any]], *, prompt: str | None = None
+    ) -> None:  # fmt: skip
+        """Raises: ConfigError for a setting that is not of the validation, or a value that this model cannot do."""
+        wrong = [name for name, _ in (x, y) if name not in Validation.__pydantic_fields__]  # type: ignore[attr-defined]
+        if wrong:
+            raise ConfigError(
+                [f"{name} is no setting of the validation; sd3tune settings validation lists them" for name in wrong], "the grid"
+            )
+        self._trainer, self.x, self.y = trainer, x, y
+        self._shots: dict[tuple[int, int], Shot] = {}
+        for row, below in enumerate(y[1]):
+            for column, beside in enumerate(x[1]):
+                config = trainer.config.replace(**{y[0]: below, x[0]: beside})
+                trainer.check(config)
+                shots = [shot for shot in shots_of(config) if prompt is None or shot.prompt == prompt]
+                if not shots:
+                    raise ConfigError([f"{prompt!r} is none of the validation prompts"], "the grid")
+                self._shots[row, column] = shots[0]
+        self.cells: dict[tuple[int, int], XYRecord] = {}
+
+    @property
+    def price(self) -> str:
+        """What drawing it costs, by the time that one forward takes now."""
+        forwards = sum(shot.forwards for shot in self._shots.values())
+        each = self._trainer.seconds_of_a_forward(self._shots[0, 0])
+        how_long = "" if each is None else f": about {duration(forwards * each)}"
+        return f"{len(self._shots)} pictures, {forwards} forwards of the model{how_long}"
+
+    def __iter__(self) -> Iterator[Record]:
+        """The price, then a record per step of the sampler and per cell."""
+        yield NoticeRecord(step=self._trainer.steps_done, text=self.price)
+        for place in sorted(self._shots, key=lambda at: (self._shots[at].forwards, at)):
+            if place not in self.cells:
+                yield from self._draw(place)
+
+    def _draw(self, place: tuple[int, int]) -> Iterator[Record]:
+        step, started, shot = self._trainer.steps_done, time.perf_counter(), self._shots[place]
+        settings = {self.y[0]: self.y[1][place[0]], self.x[0]: self.x[1][place[1]]}
+        for event in self._trainer.painted([shot]):
+            if isinstance(event, Step):
+                yield preview_of(event, step)
+            elif isinstance(event, Said):
+                yield NoticeRecord(step=step, text=event.text)
+            elif isinstance(event, (Drawn, Failed)):
+                picture, problem = (event.picture, "") if isinstance(event, Drawn) else (None, event.why)
+                clip = None if picture is None else self._trainer.score(picture, shot.prompt)
+                self.cells[place] = XYRecord(
+                    step=step, row=place[0], column=place[1], settings=settings, clip=clip, seconds=time.perf_counter() - started,
+                    problem=problem, picture=picture,
+                )  # fmt: skip
+                yield self.cells[place]
+
+    def grid(self) -> Grid:
+        """What is drawn so far."""
+        return grid_of(self.x, self.y, self.cells)
+
+
+def grid_of(x: tuple[str, Sequence[Any]], y: tuple[str, Sequence[Any]], cells: dict[tuple[int, int], XYRecord]) -> Grid:
+    """Cells as a labelled grid; what is not drawn yet stays grey."""
+    rows = []
+    for row, below in enumerate(y[1]):
+        found = [cells.get((row, column)) for column in range(len(x[1]))]
+        pictures = tuple(None if one is None else one.picture or one.problem for one in found)
+        scores = " ".join(f"{one.clip:.3f}" for one in found if one is not None and one.clip is not None)
+        rows.append((label(y[0], below) + (f"\nCLIP {scores}" if scores else ""), pictures))
+    return Grid(tuple(rows), tuple(label(x[0], beside) for beside in x[1]))
+
+
+def label(name: str, value: Any) -> str:
+    """A value of a setting, as it stands beside a grid."""
+    short = name.removeprefix("validation_").removeprefix("guidance_").replace("_", " ")
+    return f"{short} {', '.join(map(str, value)) if isinstance(value, tuple) else 'none' if value is None else value}"

@@ -1,0 +1,405 @@
+"""The studio: panels over one draft, on a real run of the playground; nothing here mocks what a person would press."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Workbench
+from PIL import Image
+
+import sd3tune as st
+from sd3tune.errors import CheckpointError, TrainingError
+from sd3tune.models.savings import savings
+from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, codes, doctor, lab, record
+from sd3tune.panels.pictures import grid_at, in_words, shown_at
+from sd3tune.run_folder import RunFolder
+
+PATIENCE = 120
+
+
+def pixels(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def studio(bench: Workbench) -> Iterator[Studio]:
+    """A run of twelve updates that stands at step 6, with a checkpoint at 4."""
+    config = bench.config(
+        max_train_steps=12, validation_prompt=("lock", "rooster"), checkpoint_step_interval=4, output_dir=str(bench.root / "studio")
+    )
+    panel = Studio(config, bench.cache(config), data=bench.datasets)
+    panel.press("start")
+    panel.wait(PATIENCE, until=6)
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
+    yield panel
+    if panel.runner.snapshot.live:
+        panel.press("stop")
+        panel.wait(PATIENCE)
+
+
+# --- steering ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rewound_run_is_the_run_that_never_left(studio: Studio) -> None:
+    """Back at step 4 and on to 6 again: the same bits as the first time; what was left stays as a checkpoint that is pinned."""
+    folder = RunFolder(Path(studio.runner.snapshot.folder))
+    at = studio.runner.snapshot.step
+    studio.checkpoint.value = 4
+    studio.press("rewind")
+    studio.wait(PATIENCE, until=lambda now: now.step == 4)
+    left = folder.checkpoint_folder / f"step-{at:06d}"
+    assert (left / "PINNED").exists()
+    before = {name: (left / name).read_bytes() for name in ("adapter.safetensors", "optimizer.safetensors")}
+    studio.press("go_on")
+    studio.wait(PATIENCE, until=at)
+    studio.press("pause")
+    now = studio.wait(PATIENCE, until="paused")
+    steps: dict[int, set[float]] = {}
+    for line in folder.history.read_text().splitlines():
+        row = json.loads(line)
+        if row["type"] == "step":
+            steps.setdefault(row["step"], set()).add(row["loss"])
+    assert all(len(losses) == 1 for losses in steps.values()), steps
+    assert [row["step"] for row in folder.read_history() if row["type"] == "step"] == list(range(1, now.step + 1))
+    studio.press("save")
+    studio.wait(PATIENCE, until=lambda now: any(f"lora-step-{now.step:06d}" in line for line in now.log))
+    if now.step == at:
+        again = folder.checkpoint_folder / f"step-{at:06d}"
+        assert {name: (again / name).read_bytes() for name in before} == before
+
+
+def test_a_rewind_to_what_is_not_there_changes_nothing(studio: Studio) -> None:
+    step, refusals = studio.runner.snapshot.step, studio.runner.snapshot.refusals
+    studio.runner.send("rewind", step=3)
+    now = studio.wait(PATIENCE, until=lambda now: now.refusals > refusals)
+    assert "there is no checkpoint" in now.refused
+    assert (now.step, now.state) == (step, "paused")
+
+
+def test_a_change_in_any_panel_reaches_the_run_and_new_prompts_are_read(studio: Studio) -> None:
+    changes = len(studio.runner.snapshot.changes)
+    studio.learning.fields["max_grad_norm"].value = 0.5
+    studio.drawing.fields["validation_prompt"].value = "lock\nrooster\nan octopus that nobody encoded"
+    now = studio.wait(PATIENCE, until=lambda now: len(now.changes) == changes + 2)
+    assert now.config is not None
+    assert now.config.optimizer.max_grad_norm == 0.5
+    assert now.config.validation.validation_prompt[2] == "an octopus that nobody encoded"
+    assert any("reading 1 new prompts" in line for line in now.log)
+    assert studio.model.fields["base_model_precision"].disabled
+    assert not studio.drawing.fields["validation_guidance_skip_layers"].disabled
+    studio.drawing.fields["validation_prompt"].value = "lock\nrooster"
+    studio.wait(PATIENCE, until=lambda now: len(now.changes) == changes + 3)
+
+
+def test_the_grid_lab_draws_with_the_paused_model_and_a_cell_is_taken_over(studio: Studio) -> None:
+    board = studio.lab
+    board.x.value, board.y.value = "validation_guidance", "validation_adapter_strength"
+    board.xs.value, board.ys.value = "1, 3", "0, 1"
+    board.draw()
+    now = studio.wait(PATIENCE, until=lambda now: len(now.cells) == 4 and now.state == "paused")
+    studio.refresh()
+    assert any("4 pictures" in line and "forwards of the model: about" in line for line in now.log)
+    assert [cell.settings["validation_guidance"] for cell in now.cells[:2]] == [1.0, 1.0]  # cheapest first: no guidance, one forward
+    assert "4 of 4 cells are drawn" in board.note.value
+    assert pixels(board.image.value).width > 200
+    there = {(cell.row, cell.column): cell.picture for cell in now.cells}
+    assert there[0, 1].tobytes() != there[1, 1].tobytes()
+    board.cell.value = "1,0"
+    board.use()
+    studio.wait(PATIENCE, until=lambda now: now.config.validation.validation_guidance == 1.0)
+    assert studio.drawing.fields["validation_guidance"].value == 1.0
+    studio.drawing.fields["validation_guidance"].value = 3.0
+
+
+@pytest.mark.parametrize(
+    ("axis", "typed", "says"),
+    [
+        ("validation_guidance", "1, x", "'x' is not a number"),
+        ("validation_guidance", " , ", "has no values"),
+        ("validation_guidance_skip_layers", "7, b", "is not a list of block numbers"),
+    ],
+)
+def test_a_wrong_axis_is_a_sentence(studio: Studio, axis: str, typed: str, says: str) -> None:
+    studio.lab.x.value, studio.lab.y.value = axis, "validation_seed"
+    studio.lab.xs.value = typed
+    studio.lab.draw()
+    assert says in studio.lab.note.value.replace("&#x27;", "'")
+
+
+def test_values_of_an_axis() -> None:
+    assert lab.values_of("validation_guidance_skip_layers", "none; 7, 8, 9; 6") == [None, (7, 8, 9), (6,)]
+    assert lab.values_of("validation_seed", "1, 2") == [1, 2]
+    assert lab.values_of("validation_guidance", "1; 2.5") == [1.0, 2.5]
+
+
+def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(studio: Studio) -> None:
+    count = studio.runner.snapshot.pictures
+    studio.press("validate")
+    studio.wait(PATIENCE, until=lambda now: now.pictures > count and now.state == "paused")
+    studio.refresh()
+    view, folder = studio.pictures, RunFolder(Path(studio.runner.snapshot.folder))
+    step = studio.runner.snapshot.step
+    assert [value for _, value in view.step.options][0] == 0
+    view.step.value = step
+    assert f"Step {step}: 2 pictures of the LoRA: lock, rooster." in view.said.value
+    whole = view.image.value
+    view.step.value = 0
+    assert view.image.value != whole
+    view.step.value, view.which.value = step, 0
+    ours = Image.open(shown_at(folder, step)[0].path).convert("RGB")
+    base = Image.open(folder.images(0) / "00.png").convert("RGB")
+    for share, wanted in ((100, ours), (0, base)):
+        view.wipe.value = share
+        seen = pixels(view.image.value)
+        apart = torch.frombuffer(bytearray(seen.tobytes()), dtype=torch.uint8).float() - torch.frombuffer(
+            bytearray(wanted.tobytes()), dtype=torch.uint8
+        )
+        assert apart.abs().mean() < 4  # JPEG
+    view.which.value = -1
+
+
+def test_the_report_of_a_run_needs_no_kernel_and_stays_small(studio: Studio) -> None:
+    html = record.report(studio.runner.snapshot, studio.code(), studio.diff())
+    assert len(html) < 300_000
+    assert html.count('type="radio"') == len(studio.pictures.step.options)
+    assert "<script" not in html
+    assert html.count(" checked") == 1
+    assert "max_grad_norm: 1.0 -&gt; 0.5" in html
+    said = in_words(RunFolder(Path(studio.runner.snapshot.folder)), 0, shown_at(RunFolder(Path(studio.runner.snapshot.folder)), 0))
+    assert said.startswith("Step 0: 2 pictures of the base model alone: lock, rooster.")
+    assert grid_at(RunFolder(Path(studio.runner.snapshot.folder)), 0).rows[0][0] == "base model"
+
+
+def test_watching_ends_with_an_interrupt_and_the_run_goes_on(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", interrupted)
+        assert studio.watch().state == "paused"
+    assert "Not watched any more; the run goes on" in studio.note.value
+
+
+def test_a_run_steered_by_hand_is_done_again_by_its_code(bench: Workbench, tmp_path: Path) -> None:
+    """The code that the panel shows gives the same adapter, bit for bit."""
+    config = bench.config(max_train_steps=6, validation_disable=True, output_dir=str(tmp_path / "hand"))
+    panel = Studio(config, bench.cache(config), data=bench.datasets)
+    panel.press("start")
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
+    panel.learning.fields["learning_rate"].value = 5e-4
+    panel.press("go_on")
+    panel.wait(PATIENCE, until=3)
+    panel.learning.fields["max_grad_norm"].value = 0.1
+    end = panel.wait(PATIENCE)
+    assert len(end.steering) >= 1
+    told: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(panel.code(), told)
+    one, other = (Path(end.folder) / "lora.safetensors", told["trainer"].folder.lora)
+    from safetensors.torch import load_file
+
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(bench: Workbench, tmp_path: Path) -> None:
+    config = bench.config(max_train_steps=5, validation_disable=True, output_dir=str(tmp_path / "run"))
+    panel = Studio(config, bench.cache(config), data=bench.datasets)
+    panel.press("start")
+    panel.wait(PATIENCE, until=2)
+    panel.press("stop")
+    stopped = panel.wait(PATIENCE)
+    panel.refresh()
+    assert not panel.buttons["go_on"].disabled
+    panel.press("go_on")
+    end = panel.wait(PATIENCE)
+    assert (end.state, end.step, end.folder) == ("finished", 5, stopped.folder)
+    assert "st.replay(" in panel.code()
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_saves_memory_is_ranked_and_those_that_go_on_come_first() -> None:
+    config = st.presets.load("sd35-medium-16gb").replace(gradient_checkpointing=False, base_model_precision="no_change", train_batch_size=2)
+    found = savings(config, side=1024)
+    assert [one.goes_on for one in found] == sorted((one.goes_on for one in found), reverse=True)
+    going = [one.bytes for one in found if one.goes_on]
+    assert going == sorted(going, reverse=True)
+    assert all(one.bytes > 0 for one in found)
+    assert next(iter(found[0].settings)) == "gradient_checkpointing"
+    from sd3tune.models import memory
+
+    for one in found:
+        assert one.bytes == memory.predict(config, side=1024).peak - memory.predict(config.replace(**one.settings), side=1024).peak
+
+
+def test_out_of_memory_offers_what_helps_and_one_click_goes_on_from_the_checkpoint(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that runs out of memory after a checkpoint; the click resumes there with what saves memory."""
+    from sd3tune.training.engine import Engine
+
+    config = bench.config(
+        max_train_steps=4,
+        lr_warmup_steps=0,
+        checkpoint_step_interval=2,
+        gradient_checkpointing=False,
+        validation_disable=True,
+        output_dir=str(tmp_path / "run"),
+    )
+    panel, update = Studio(config, bench.cache(config), data=bench.datasets), Engine.update
+
+    def short(self: Engine, **rules: Any) -> Any:
+        if self.updates == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return update(self, **rules)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "update", short)
+        panel.press("start")
+        with pytest.raises(TrainingError, match="out of memory"):
+            panel.wait(PATIENCE)
+    panel.refresh()
+    offered = [child.children[0] for child in panel.relief.widget.children[1:]]
+    checkpointing = next(one for one in offered if one.description == "gradient_checkpointing = True")
+    checkpointing.click()
+    end = panel.wait(PATIENCE)
+    panel.refresh()
+    assert (end.state, end.step) == ("finished", 4)
+    assert end.config is not None
+    assert end.config.memory.gradient_checkpointing is True
+    assert not panel.relief.widget.children
+    told = [row for row in RunFolder(Path(end.folder)).read_history() if row["type"] == "command" and row["name"] == "set"]
+    assert told[-1]["value"] == {"gradient_checkpointing": True}
+    assert st.Trainer.resume(end.folder, bench.cache(config)).config.memory.gradient_checkpointing is True
+
+
+# --- data, machine, files ------------------------------------------------------------------------------------------------
+
+
+def test_the_data_panel_shows_what_is_there_and_keeps_edits_beside_it(bench: Workbench, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("train", "heldout"):
+        shutil.copytree(bench.datasets.parent / name, tmp_path / name)
+    data = tmp_path / "datasets.yaml"
+    data.write_bytes(bench.datasets.read_bytes())
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    panel = DataPanel(bench.config(), data)
+    panel.look()
+    assert panel.plan is not None
+    assert "updates per epoch" in panel.found.value
+    assert panel.pages.value.count("<img") == len(panel.cuts) <= 24
+    panel.picture.value = 1
+    old = panel.caption.value
+    panel.caption.value = "a caption of <b>mine</b>"
+    assert "1 captions are edited" in panel.kept.value
+    panel.picture.value = 0
+    panel.picture.value = 1
+    assert panel.caption.value == "a caption of <b>mine</b>"
+    panel.count()
+    assert "CLIP-L" in panel.counted.value
+    panel.save()
+    assert panel.plan.catalog.items
+    assert "a caption of <b>mine</b>" in [cut.item.caption for cut in panel.cuts]
+    assert "<b>mine" not in panel.pages.value
+    panel.folder.value = str(tmp_path / "texts")
+    panel.export()
+    written = sorted((tmp_path / "texts").rglob("*.txt"))
+    assert len(written) == len(panel.cuts)
+    assert "a caption of <b>mine</b>\n" in [path.read_text() for path in written]
+    panel.export()
+    assert "is there already" in panel.note.value
+    assert {path: path.read_bytes() for path in before} == before
+    assert old != "a caption of <b>mine</b>"
+
+
+def test_the_data_panel_says_what_is_wrong(bench: Workbench, tmp_path: Path) -> None:
+    panel = DataPanel(bench.config(), tmp_path / "nowhere")
+    panel.look()
+    assert "no such folder" in panel.note.value
+    assert panel.plan is None
+    panel.source.value = str(bench.datasets.parent / "train")
+    assert panel.plan is not None
+    panel.caption.value = "x"
+    panel.save()
+    assert "A folder has no place for edited captions" in panel.note.value
+
+
+def test_the_doctor_shows_what_stands_in_the_way_first_and_no_token(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = doctor.Report(
+        (doctor.Finding("ok", "Python", "3.11"), doctor.Finding("bad", "hub", "the token hf_abcdefghijklmnopqrstuvwxyz0123456789 is wrong"))
+    )
+    monkeypatch.setattr(doctor, "doctor", lambda config: report)
+    panel = DoctorPanel(bench.config())
+    panel.look()
+    assert panel.wait(PATIENCE) is report
+    assert "1 things stand in the way" in panel.note.value
+    assert panel.table.value.index("in the way") < panel.table.value.index("Python")
+    assert "hf_abc" not in panel.table.value
+
+
+def test_two_runs_are_compared_in_numbers_settings_words_and_pictures(studio: Studio, bench: Workbench) -> None:
+    """The studio's run beside another of the same folder."""
+    other = bench.trainer(
+        max_train_steps=2, lr_warmup_steps=0, lora_rank=4, validation_prompt=("lock",), output_dir=str(bench.root / "other")
+    )
+    for _ in other.run():
+        pass
+    panel = ComparePanel(bench.root)
+    names = [name for name, _ in panel.first.options]
+    assert {"studio", "other"} <= set(names)
+    panel.first.value, panel.second.value = str(bench.root / "studio"), str(bench.root / "other")
+    assert "lora_rank" in panel.settings.value
+    assert "settings differ" in panel.note.value
+    assert "loss, smoothed studio" in panel.curves.value
+    assert pixels(panel.image.value).height > 200
+    panel.second.value = panel.first.value
+    assert "Choose two runs" in panel.note.value
+
+
+def test_export_writes_for_another_program_verified_and_never_over_a_file(bench: Workbench, tmp_path: Path) -> None:
+    trainer = bench.trainer(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
+    for _ in trainer.run():
+        pass
+    panel = ExportPanel(trainer.folder.path)
+    panel.look()
+    assert "rank" in panel.said.value
+    panel.layout.value, panel.target.value = "comfyui", str(tmp_path / "out.safetensors")
+    panel.write()
+    assert "tensors" in panel.said.value
+    size = os.path.getsize(tmp_path / "out.safetensors")
+    panel.write()
+    assert "is there already" in panel.note.value
+    assert os.path.getsize(tmp_path / "out.safetensors") == size
+    panel.report()
+    panel.card()
+    assert trainer.folder.report.exists()
+    assert trainer.folder.card.exists()
+    panel.source.value = str(tmp_path)
+    panel.look()
+    assert "not a run folder" in panel.note.value
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        _ = panel.file
+
+
+def test_a_panel_says_its_code_and_what_differs(bench: Workbench) -> None:
+    draft = Draft(bench.config())
+    panel = Studio(draft, bench.cache(draft.config), data="pictures.yaml")
+    draft.change(lora_rank=4)
+    assert panel.diff().startswith("lora_rank: ")
+    assert "st.discover('pictures.yaml')" in panel.code()
+    assert codes.config_code(panel.config) in panel.code()

@@ -18,6 +18,7 @@ from PIL import Image
 from sd3tune.config import presets
 from sd3tune.errors import CheckpointError, ConfigError, TrainingError
 from sd3tune.records import (
+    CacheRecord,
     CheckpointRecord,
     CommandRecord,
     EvalRecord,
@@ -426,3 +427,71 @@ def test_the_log_is_bounded() -> None:
         runner.send("pause")
     assert (len(runner.snapshot.log), runner.snapshot.refusals) == (200, 300)
     assert isinstance(runner.snapshot, Snapshot)
+
+
+def test_two_hundred_runs_are_started_paused_and_stopped_and_leave_no_thread(tmp_path: Path) -> None:
+    for number in range(200):
+        runner = Runner.attach(tmp_path / "same", lambda: FakeTrainer(tmp_path / "run", steps=50))  # type: ignore[arg-type,return-value]
+        for name in ("start", "pause", "go_on", "pause", "stop")[: 5 if number % 2 else 4]:
+            runner.send(name)
+        if not number % 2:
+            runner.send("stop")
+        assert runner.wait(PATIENCE).state == "stopped"
+        assert runner.answered
+    alive = [thread for thread in threading.enumerate() if thread.name == "sd3tune-trainer"]
+    for thread in alive:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in alive)
+
+
+def test_what_it_takes_to_make_a_trainer_is_shown_and_can_be_stopped(fake: FakeTrainer) -> None:
+    """Encoding is records before there is a trainer: told in the message, and left between two of them."""
+    gate, closed = threading.Event(), threading.Event()
+
+    def make() -> Any:
+        try:
+            for step in range(1, 4):
+                yield CacheRecord(step=step, total=3, kind="latents", key="k", name="a.png", reused=False)
+                if step == 2:
+                    assert gate.wait(PATIENCE)
+            return fake
+        finally:
+            closed.set()
+
+    runner = Runner(make)
+    runner.start()
+    runner.wait(PATIENCE, until=lambda now: now.message == "encoding, 2 of 3")
+    runner.send("stop")
+    gate.set()
+    assert runner.wait(PATIENCE).state == "stopped"
+    assert closed.is_set()
+    assert fake.steps_done == 0
+    gate.set()
+    again = Runner(make)
+    again.send("start")
+    again.send("set", learning_rate=0.5)  # kept until there is a trainer
+    end = again.wait(PATIENCE)
+    assert (end.state, fake.calls[0]) == ("finished", ("set", {"learning_rate": 0.5}))
+
+
+def test_prompts_that_nobody_encoded_are_read_first(fake: FakeTrainer) -> None:
+    runner, let_go = bring_to("training", fake)
+    runner.send("set", validation_prompt=("lock", "unread"))
+    let_go()
+    end = runner.wait(PATIENCE)
+    assert fake.new_prompts == ["unread"]
+    assert end.steering == ((1, {"validation_prompt": ("lock", "unread")}),)
+    assert any("reading 1 new prompts" in line for line in end.log)
+    assert end.began_with is not None
+    assert end.began_with.validation.validation_prompt != ("lock", "unread")
+
+
+def test_running_out_of_memory_is_told_apart(fake: FakeTrainer) -> None:
+    import torch
+
+    fake.fails_at, fake.error = 2, torch.OutOfMemoryError("CUDA out of memory")
+    runner = Runner(fake)  # type: ignore[arg-type]
+    runner.start()
+    with pytest.raises(TrainingError, match="OutOfMemoryError"):
+        runner.wait(PATIENCE)
+    assert runner.snapshot.out_of_memory

@@ -149,7 +149,7 @@ def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(stud
     studio.refresh()
     view, folder = studio.pictures, RunFolder(Path(studio.runner.snapshot.folder))
     step = studio.runner.snapshot.step
-    assert [value for _, value in view.step.options][0] == 0
+    assert view.step.options[0][1] == 0
     view.step.value = step
     assert f"Step {step}: 2 pictures of the LoRA: lock, rooster." in view.said.value
     whole = view.image.value

@@ -22,21 +22,20 @@ ALL = "all, small"
 
 
 class PicturesView:
-    """Shows what a run folder holds. The slider goes through the steps (arrow keys do, too); the wipe lays the adapter over the base."""
+    """Shows what a run folder holds. Arrow keys go through the steps; the wipe lays the adapter over the base."""
 
     def __init__(self) -> None:
         self._folder: RunFolder | None = None
         self._made: dict[tuple[int, int, int], bytes] = {}
+        narrow = {"width": "min(300px, 98%)"}
         self.step: Any = tip(
-            widgets.SelectionSlider(
-                options=[("none", -1)], description="Step", continuous_update=False, layout={"width": "min(420px, 98%)"}
-            ),
+            widgets.Dropdown(options=[("none", -1)], description="Step", layout=narrow),
             "which step's pictures; arrow keys go through them",
         )
-        self.which: Any = widgets.Dropdown(options=[(ALL, -1)], description="Picture", layout={"width": "min(420px, 98%)"})
+        self.which: Any = widgets.Dropdown(options=[(ALL, -1)], description="Picture", layout=narrow)
         self.wipe: Any = tip(
-            widgets.IntSlider(value=50, min=0, max=100, description="Wipe", continuous_update=False, layout={"width": "min(420px, 98%)"}),
-            "how much of the picture is the adapter's, from the left, in per cent; the rest is the base model's",
+            widgets.BoundedIntText(value=50, min=0, max=100, step=10, description="Wipe, %", layout=narrow),
+            "how much of the picture is the adapter's, from the left; the rest is the base model's; arrow keys move the edge",
         )
         self.said = widgets.HTML()
         self.image: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start"))

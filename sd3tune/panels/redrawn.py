@@ -26,7 +26,8 @@ class Redrawn:
         key = (self._key(now), now.live)
         if key == self._drawn or (clock < self._next and now.live):
             return
-        started = time.perf_counter()
+        started, first = time.thread_time(), self._drawn is None
         for draw, widget in self._drawings:
             put(widget, draw(now))
-        self._drawn, self._next = key, clock + max(LEAST, SHARE * (time.perf_counter() - started))
+        took = 0.0 if first else time.thread_time() - started  # the first one loads the library
+        self._drawn, self._next = key, clock + max(LEAST, SHARE * took)

@@ -1,0 +1,1 @@
+"""Nothing of the other tests' fixtures is needed here."""

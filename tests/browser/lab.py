@@ -1,0 +1,168 @@
+"""JupyterLab in Chromium, driven as a person would: open a notebook, run cells, press, type, reload."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import Locator, Page, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-first-run",
+]  # fmt: skip
+PATIENCE = 180_000
+"""Milliseconds; a busy machine loads a model slowly."""
+
+BENIGN = ("favicon", "ResizeObserver", "source map", "Failed to load resource", "api/collaboration", "net::ERR")
+"""What JupyterLab's own pages write to the console."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """JupyterLab on a folder; gives its address."""
+    port = free_port()
+    command = (
+        f"{sys.executable} -m jupyterlab --no-browser --allow-root --IdentityProvider.token= --ServerApp.port={port} "
+        "--LabApp.expose_app_in_browser=True --LabApp.news_url=None --ServerApp.open_browser=False"
+    ).split()
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_CONFIG_DIR": str(folder / ".jupyter"),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / ".lab"),
+    }
+    shown = folder / ".lab" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    shown.parent.mkdir(parents=True)
+    shown.write_text('{"windowingMode": "none"}')  # every cell is on the page, wherever it is scrolled to
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL) as running:
+        try:
+            for _ in range(240):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.5)
+            else:
+                raise AssertionError("JupyterLab does not answer")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            running.terminate()
+
+
+@contextmanager
+def browser() -> Iterator[Page]:
+    """A page of Debian's Chromium."""
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened.new_page(viewport={"width": 1280, "height": 1400})
+        opened.close()
+
+
+class Lab:
+    """One notebook in JupyterLab."""
+
+    def __init__(self, page: Page, address: str, notebook: Path) -> None:
+        self.page, self.address, self.notebook = page, address, notebook
+        self.errors: list[str] = []
+        page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("dialog", lambda dialog: dialog.accept())
+
+    @property
+    def own_errors(self) -> list[str]:
+        """Errors of the console that are not JupyterLab's usual ones."""
+        return [text for text in self.errors if not any(known in text for known in BENIGN)]
+
+    def open(self) -> None:
+        """Open the notebook and wait for its kernel."""
+        self.page.goto(f"{self.address}/lab/tree/{self.notebook.name}", timeout=PATIENCE)
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
+        self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=PATIENCE)
+
+    def do(self, command: str, **given: object) -> None:
+        """One of JupyterLab's commands."""
+        self.page.evaluate("([name, given]) => window.jupyterapp.commands.execute(name, given)", [command, given])
+
+    def select(self, cell: int) -> None:
+        """Make a cell the active one."""
+        self.page.evaluate("k => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = k; }", cell)
+
+    def run(self, cell: int) -> None:
+        """Run a cell without waiting for its end."""
+        self.select(cell)
+        self.do("notebook:run-cell")
+        self.page.wait_for_timeout(400)
+
+    def output(self, cell: int) -> Locator:
+        """What stands below a cell."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".jp-OutputArea")
+
+    def status(self) -> Locator:
+        """The status line of the newest panel."""
+        return self.page.locator(
+            "div[role=status]", has_text=re.compile(r"^(idle|preparing|training|paused|validating|stopp|finished|failed)")
+        ).last
+
+    def until(self, words: str) -> str:
+        """Wait until the status line says something; what it says."""
+        found = self.page.locator("div[role=status]", has_text=re.compile(words)).last
+        found.wait_for(timeout=PATIENCE)
+        return found.inner_text()
+
+    def button(self, name: str) -> Locator:
+        """A button of the panel by what it says."""
+        return self.page.locator(".widget-button", has_text=re.compile(f"^{name}$")).last
+
+    def press(self, name: str) -> None:
+        """Press a button of the panel as soon as it can be pressed."""
+        found = self.page.locator(".widget-button:enabled", has_text=re.compile(f"^{name}$")).last
+        found.wait_for(timeout=PATIENCE)
+        found.click()
+
+    def type(self, label: str, text: str) -> None:
+        """Type into a field by its label, and leave it."""
+        field = self.page.get_by_label(label, exact=True).last
+        field.fill(text)
+        field.press("Tab")
+
+    def save(self) -> Path:
+        """Save the notebook."""
+        self.do("docmanager:save")
+        self.page.wait_for_timeout(1500)
+        return self.notebook
+
+
+def write_notebook(path: Path, *cells: str) -> Path:
+    """A notebook of code cells."""
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
+    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    nbformat.write(made, path)
+    return path
+
+
+UNNAMED = """() => {
+  const named = one => {
+    const label = one.getAttribute('aria-label') || one.title || one.innerText || one.placeholder;
+    const by = (one.getAttribute('aria-labelledby') || '').split(' ').map(id => document.getElementById(id)?.innerText).join('');
+    const of = one.id ? document.querySelector(`label[for="${CSS.escape(one.id)}"]`)?.innerText : '';
+    return (label || by || of || one.closest('label')?.innerText || '').trim();
+  };
+  const asked = 'button, input, select, textarea, summary, [role=slider], [role=tab], [role=img], [role=progressbar]';
+  const found = [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(one => [...one.querySelectorAll(asked)]);
+  return {count: found.length, unnamed: found.filter(one => !named(one)).map(one => one.outerHTML.slice(0, 160))};
+}"""
+"""Controls of the outputs, and those that screen readers have no name for."""

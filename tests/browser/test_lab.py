@@ -1,0 +1,167 @@
+"""The panel in a real JupyterLab: pressed, steered, reloaded, run twice, watched, interrupted, finished, and left without a kernel.
+
+``SD3TUNE_SHOTS`` names a folder for screenshots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="pip install playwright (make test-browser does)")
+
+from lab import CHROMIUM, PATIENCE, UNNAMED, Lab, browser, server, write_notebook
+
+ROOT = Path(__file__).parents[2]
+CELLS = (
+    f"""import sd3tune as st
+from sd3tune import panels
+
+config = st.presets.playground(
+    max_train_steps=400, lr_warmup_steps=5, train_batch_size=2, validation_prompt=("croissant", "lock"), validation_num_inference_steps=4,
+    eval_timesteps=2, num_eval_images=4, output_dir="runs/browser", cache_dir="cache",
+)
+data = {str(ROOT / "datasets.yaml")!r}""",
+    "panel = panels.TrainingPanel(config, data=data)\npanel",
+    "print(6 * 7)",
+    "import threading\nprint('threads', sum(t.name == 'sd3tune-trainer' for t in threading.enumerate()))",
+    "seen = panel.watch()\nprint('watched', seen.state)",
+    "studio = panels.Studio(config, data=data)\nstudio.data.look()\nstudio",
+)
+
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not there: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The notebook, opened, with its first two cells run."""
+    folder = tmp_path_factory.mktemp("browser")
+    notebook = write_notebook(folder / "panel.ipynb", *CELLS)
+    with server(folder) as address, browser() as page:
+        one = Lab(page, address, notebook)
+        one.open()
+        one.run(0)
+        one.run(1)
+        yield one
+
+
+def shoot(lab: Lab, name: str) -> None:
+    """Keep a picture of the page, if somebody wants one."""
+    if folder := os.environ.get("SD3TUNE_SHOTS"):
+        lab.page.screenshot(path=f"{folder}/{name}.png")
+
+
+def told(lab: Lab) -> list[dict[str, object]]:
+    """Settings that were changed, as the run's history has them."""
+    folder = max(lab.notebook.parent.glob("runs/browser*"), key=lambda path: path.stat().st_mtime)
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [row["value"] for row in rows if row["type"] == "command" and row["name"] == "set" and not row["refused"]]
+
+
+def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> None:
+    page = lab.page
+    lab.press("Start")
+    lab.until(r"^training · step [1-9]")
+    before = page.locator("svg[aria-label^='loss']").last.get_attribute("aria-label", timeout=PATIENCE)
+    page.wait_for_function(
+        "before => [...document.querySelectorAll(\"svg[aria-label^='loss']\")].at(-1)?.getAttribute('aria-label') !== before",
+        arg=before, timeout=PATIENCE,
+    )  # fmt: skip
+
+    lab.type("Learning rate", "0.0005")
+    lab.type("SLG layers", "1, 2")
+    page.locator("text=changed by you").last.wait_for(timeout=PATIENCE)
+    lab.press("Pause")
+    lab.until("^paused")
+    assert {"learning_rate": 0.0005} in told(lab)
+    assert {"validation_guidance_skip_layers": [1, 2]} in told(lab)
+
+    lab.run(2)
+    lab.output(2).get_by_text("42").wait_for(timeout=PATIENCE)
+    lab.press("Sample now")
+    page.locator("div[role=status]", has_text=re.compile("pictures of the LoRA: croissant, lock")).last.wait_for(timeout=PATIENCE)
+    lab.press("Go on")
+    stood = int(re.search(r"step (\d+)", lab.until(r"^training · step"))[1])  # type: ignore[index]
+
+    lab.save()
+    page.reload(timeout=PATIENCE)
+    page.wait_for_selector(".widget-button", timeout=PATIENCE)
+    moved = page.wait_for_function(
+        "stood => [...document.querySelectorAll('div[role=status]')].some(one => Number(/step (\\d+)/.exec(one.innerText)?.[1]) > stood)",
+        arg=stood, timeout=PATIENCE,
+    )  # fmt: skip
+    assert moved
+
+    lab.run(1)
+    page.get_by_text("Attached to the run that is going on").wait_for(timeout=PATIENCE)
+    lab.run(3)
+    lab.output(3).get_by_text("threads 1").wait_for(timeout=PATIENCE)
+
+    lab.run(4)
+    page.wait_for_timeout(1500)
+    lab.do("notebook:interrupt-kernel")
+    lab.output(4).get_by_text(re.compile("watched (training|validating)")).wait_for(timeout=PATIENCE)
+    page.get_by_text("Not watched any more; the run goes on").wait_for(timeout=PATIENCE)
+
+    lab.select(1)
+    lab.button("Pause").evaluate("one => one.scrollIntoView({block: 'center'})")
+    found = page.evaluate(UNNAMED)
+    assert found["count"] > 20
+    assert not found["unnamed"], found["unnamed"]
+    shoot(lab, "light")
+    lab.do("apputils:change-theme", theme="JupyterLab Dark")
+    page.wait_for_timeout(2000)
+    shoot(lab, "dark")
+    lab.do("apputils:change-theme", theme="JupyterLab Light")
+    page.set_viewport_size({"width": 520, "height": 1400})
+    page.wait_for_timeout(1500)
+    shoot(lab, "narrow")
+    wide = page.evaluate(
+        "() => [...document.querySelectorAll('.jp-OutputArea-output')].filter(o => o.scrollWidth > o.clientWidth + 2).length"
+    )
+    assert wide == 0, f"{wide} outputs are wider than a page of 520 px"
+    page.set_viewport_size({"width": 1280, "height": 1400})
+
+    lab.press("Stop and save")
+    lab.output(1).get_by_text("The code that does this again").wait_for(timeout=PATIENCE)
+    lab.save()
+    assert lab.notebook.stat().st_size < 400_000
+    lab.do("notebook:shutdown-kernel")
+    page.wait_for_timeout(2000)
+    page.reload(timeout=PATIENCE)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
+    report = lab.output(1)
+    report.locator("summary", has_text="The code that does this again").wait_for(timeout=PATIENCE)
+    assert report.locator("svg[aria-label^='loss']").count() >= 1
+    radios = report.locator("input[type=radio]")
+    assert radios.count() >= 2
+    radios.last.focus()
+    page.keyboard.press("ArrowLeft")
+    assert radios.nth(radios.count() - 2).is_checked()
+    assert report.locator("img:visible").count() == 1
+    shoot(lab, "report")
+    assert not lab.own_errors, lab.own_errors
+
+
+def test_every_control_of_the_studio_has_a_name_in_each_tab(lab: Lab) -> None:
+    """Opened with a kernel of its own; each tab is looked at, light and narrow."""
+    page = lab.page
+    lab.do("notebook:restart-kernel") if page.locator("text=No Kernel").count() == 0 else lab.do("notebook:reconnect-to-kernel")
+    lab.errors.clear()
+    page.reload(timeout=PATIENCE)
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
+    lab.run(0)
+    lab.run(5)
+    page.get_by_role("tab", name="Grid lab").last.wait_for(timeout=PATIENCE)
+    for name in ("Machine", "Model", "Data", "Training", "Validation", "Grid lab", "Compare", "Export"):
+        page.get_by_role("tab", name=name, exact=True).last.click()
+        page.wait_for_timeout(700)
+        found = page.evaluate(UNNAMED)
+        assert not found["unnamed"], (name, found["unnamed"])
+        shoot(lab, f"studio-{name.lower().replace(' ', '-')}")
+    assert not lab.own_errors, lab.own_errors

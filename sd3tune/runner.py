@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _LIVE: WeakValueDictionary[str, Runner] = WeakValueDictionary()
 _REGISTER = threading.Lock()
 
+BEAT = 5.0
+"""Seconds between two signs of life of a run that is paused."""
+
 
 class Runner:
     """Runs one trainer in one worker thread. Anybody may read ``snapshot`` and ``send`` commands.
@@ -153,7 +156,7 @@ class Runner:
 
     def _obey(self, trainer: Trainer) -> None:
         """Do all that was asked since the last record; stay here while paused."""
-        while self._snapshot.state != "stopping" and (command := self._next()) is not None:
+        while self._snapshot.state != "stopping" and (command := self._next(trainer)) is not None:
             if command.name not in LEGAL[self._snapshot.state]:
                 self._refuse(command)
             elif self._snapshot.state == "validating" and command.name in ("pause", "stop"):
@@ -167,13 +170,16 @@ class Runner:
                     self._put(state=before, message="")
                     self._refuse(command, str(error))
 
-    def _next(self) -> Command | None:
+    def _next(self, trainer: Trainer | None = None) -> Command | None:
+        """What was asked; while paused, wait for it."""
         if self._late and self._snapshot.state != "validating":
             return self._late.popleft()
-        try:
-            return self._queue.get(block=self._snapshot.state == "paused")
-        except Empty:
-            return None
+        while True:
+            with suppress(Empty):
+                return self._queue.get(block=self._snapshot.state == "paused", timeout=BEAT)
+            if trainer is None or self._snapshot.state != "paused":
+                return None
+            trainer.beat()
 
     def _apply(self, command: Command, trainer: Trainer) -> None:
         name, state = command.name, self._snapshot.state

@@ -48,6 +48,7 @@ class Saver:
         if not self.main:
             yield
             return
+        self._lock = Lock(self.folder.lock)  # of this loop alone: one that was left half-way may end later, and must not let go of this
         with self._lock:
             if newest_segment(self.folder.history) != self.segment:
                 raise TrainingError(

@@ -88,6 +88,20 @@ def test_a_lock_is_there_for_as_long_as_a_run_goes_on(bench: Workbench) -> None:
     assert not trainer.folder.lock.exists()
 
 
+def test_a_loop_that_was_left_half_way_takes_nothing_from_the_next(bench: Workbench) -> None:
+    """As after Ctrl-C in a notebook's loop, whose traceback keeps the first loop: the second holds the run until its own end."""
+    trainer = bench.trainer(**QUICK)
+    first = trainer.run(2)
+    next(first)
+    second = trainer.run(2)
+    next(second)
+    mine = holder(trainer.folder.lock)
+    first.close()  # type: ignore[attr-defined]
+    assert holder(trainer.folder.lock) == mine
+    list(second)
+    assert not trainer.folder.lock.exists()
+
+
 def test_a_live_process_is_left_alone(tmp_path: Path) -> None:
     """However long it says nothing: the refusal names its number, host and time, and what to do."""
     path = tmp_path / "run.lock"

@@ -62,7 +62,8 @@ def look() -> Machine:
     cuda = device.type == "cuda"
     return Machine(
         gpu=torch.cuda.get_device_name() if cuda else "", gpu_bytes=float(torch.cuda.mem_get_info()[1]) if cuda else 0.0,
-        memory_bytes=float(psutil.virtual_memory().total), apple=sys.platform == "darwin", free_bytes=_free, tried=capabilities.probe,
+        memory_bytes=float(psutil.virtual_memory().total), apple=sys.platform == "darwin", free_bytes=_free,
+        tried=lambda names: capabilities.probe(name for name in names if name not in capabilities.COMPILED),  # those take minutes
         unusable=lambda name: unusable(name, device),
         access=lambda config: tuple(one.text for one in model_findings(config) if one.state != "ok"),
         trackers=lambda config: tuple(one.text for one in tracker_findings(config) if one.state == "bad"),

@@ -62,7 +62,7 @@ def settings_of(answers: Answers) -> dict[str, Any]:
     if model == "playground":
         found = {**presets.PLAYGROUND, **found}
     if answers.get("slg") is not None:
-        found |= SLG if answers["slg"] else {"validation_guidance_skip_layers": None}
+        found |= SLG if answers["slg"] else {"validation_guidance_skip_layers": None, "validation_guidance": 3.0}
     if answers.get("length") == "epochs":
         found["max_train_steps"] = None
     steps = found.get("max_train_steps")

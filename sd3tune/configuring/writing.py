@@ -20,11 +20,6 @@ from sd3tune.data.datasets import Dataset
 from sd3tune.errors import FileError
 from sd3tune.files import write_text
 
-FOLLOWS = {"optimizer": "learning_rate", "validation_guidance_skip_layers": "validation_guidance"}
-"""A setting that is written -> one whose default would follow from it, and is written, too."""
-
-ONE_OF = ("max_train_steps", "num_train_epochs")
-
 CELL = """import sd3tune as st
 from sd3tune import panels
 
@@ -86,7 +81,6 @@ def run_text(config: RunConfig, preset: str) -> str:
     base = RunConfig().leaves() if preset == NO_PRESET else presets.load(preset).leaves()
     values = config.leaves()
     chosen = [name for name, value in values.items() if value != base[name]]
-    chosen += [follower for name, follower in FOLLOWS.items() if name in chosen and follower not in chosen]
     lines = ["# Made by `sd3tune configure`. Only what differs from the preset stands here; `sd3tune settings WORD` explains each."]
     if preset != NO_PRESET:
         lines.append(f"extends: {presets.PREFIX}{preset}  # {presets.about(preset)}")

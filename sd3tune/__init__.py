@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sd3tune.listing import runs
     from sd3tune.models.encoders import encoders
     from sd3tune.models.freeing import free
+    from sd3tune.opening import open_run
     from sd3tune.probing import lr_probe
     from sd3tune.records import StepRecord
     from sd3tune.replaying import replay
@@ -43,6 +44,7 @@ _HOMES = {
     "TrainingError": "errors", "check": "config", "discover": "data", "encoders": "models.encoders", "plan": "data",
     "doctor": "checkup", "download_dataset": "data.download",
     "free": "models.freeing", "from_simpletuner": "data.simpletuner", "launch": "launching", "lr_probe": "probing",
+    "open_run": "opening",
     "presets": "config.presets", "replay": "replaying",
     "runs": "listing", "sample": "sampling", "slg_grid": "slg",
 }  # fmt: skip
@@ -51,7 +53,7 @@ __all__ = [
     "Batches", "Cache", "CacheBuilder", "CacheError", "Catalog", "CheckpointError", "ConfigError", "DataError", "FileError",
     "ModelError", "Plan", "RunConfig", "Sd3TuneError", "StepRecord", "Trainer", "TrainingError", "check", "discover", "doctor",
     "download_dataset",
-    "encoders", "free", "from_simpletuner", "launch", "lr_probe", "plan", "presets", "replay", "runs", "sample", "slg_grid",
+    "encoders", "free", "from_simpletuner", "launch", "lr_probe", "open_run", "plan", "presets", "replay", "runs", "sample", "slg_grid",
 ]  # fmt: skip
 
 

@@ -175,6 +175,16 @@ def _optimizer(config: RunConfig) -> Iterator[Finding]:
         yield Finding("bad", "settings", f"optimizer {name} {problem}")
 
 
+def model_findings(config: RunConfig) -> tuple[Finding, ...]:
+    """Whether the base model may be had: token, licence, network."""
+    return tuple(_hub(config))
+
+
+def tracker_findings(config: RunConfig) -> tuple[Finding, ...]:
+    """Whether the tracker is there, and would not ask for a login."""
+    return tuple(_tracker(config))
+
+
 def _hub(config: RunConfig) -> Iterator[Finding]:
     from huggingface_hub import HfApi, errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever client this version uses

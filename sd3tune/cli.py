@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sd3tune as st
-from sd3tune import cli_data, cli_runs
+from sd3tune import cli_configure, cli_data, cli_runs, cli_settings
 from sd3tune.cli_data import config_of
 from sd3tune.errors import ConfigError, Sd3TuneError
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             made.add_argument("--resume", metavar="RUN", help="go on with a run folder, or one of its checkpoints, instead")
             made.add_argument("--stop-before", metavar="TIME", help="save and stop before this much time has passed, such as 11h30m")
+    cli_configure.add_arguments(verb("configure", cli_configure.run, "ask step by step, and write run.yaml and datasets.yaml"))
     looked = verb("doctor", _doctor, "what this machine has and what a run needs, before anything is downloaded")
     looked.add_argument("config", nargs="?", help="a YAML file of settings; without one, the machine alone")
     imported = verb("import-simpletuner", _import, "turn SimpleTuner's two files into run.yaml and datasets.yaml, with a report")
@@ -81,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--config", help="verify, merge: the YAML file that names the model; the playground's preset when left out")
     lora.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
     cli_runs.add_verbs(verb)
-    known = verb("settings", _settings, "list settings, with their meaning and default")
-    known.add_argument("word", nargs="?", default="", help="show only settings with this word in name or meaning")
-    known.add_argument("--presets", action="store_true", help="list the presets instead; preset:NAME stands wherever a YAML file does")
+    cli_settings.add_arguments(verb("settings", cli_settings.run, "what each setting is, may be, and does; the presets; the settings page"))
     return parser
 
 
@@ -264,18 +263,6 @@ def _import(options: argparse.Namespace) -> None:
     made = st.from_simpletuner(options.config, options.datasets)
     run, datasets = made.save(options.to)
     print(f"{made}\nwritten: {run} and {datasets}\nlook at it with: sd3tune plan {run} --data {datasets}")
-
-
-def _settings(options: argparse.Namespace) -> None:
-    if options.presets:
-        print("\n".join(f"{'' if name == 'playground' else 'preset:'}{name}: {st.presets.about(name)}" for name in st.presets.names()))
-        return
-    from sd3tune.config.reading import describe_settings
-
-    found = [line for line in describe_settings() if options.word.lower() in line.lower()]
-    if not found:
-        raise ConfigError([f"no setting has {options.word!r} in its name or meaning"], "sd3tune settings")
-    print("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from sd3tune.errors import ConfigError, TrainingError
 
 def add_verbs(verb: Callable[[str, Any, str], argparse.ArgumentParser]) -> None:
     """``runs``, ``sample``, ``replay``, ``report``, ``board`` and ``push`` with what may be written after them."""
-    verb("runs", _runs, "list the runs of a folder").add_argument("folder", nargs="?", default="runs")
+    listed = verb("runs", _runs, "list the runs of a folder, or say what became of one run")
+    listed.add_argument("folder", nargs="?", default="runs", help="a folder of runs, or a run folder (%(default)s)")
     drawn = verb("sample", _sample, "draw prompts with an adapter: a run folder, one of its checkpoints, or a LoRA file")
     drawn.add_argument("file", help="a run folder, a checkpoint's folder, or a .safetensors file of any layout")
     drawn.add_argument("prompt", nargs="+")
@@ -47,7 +48,8 @@ def _add_grid(grid: argparse.ArgumentParser) -> None:
 
 
 def _runs(options: argparse.Namespace) -> None:
-    print(st.runs(Path(options.folder)))
+    folder = Path(options.folder)
+    print(st.open_run(folder) if (folder / "config.yaml").is_file() else st.runs(folder))
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -85,6 +85,9 @@ class Followed:
             self._launched.wait()
         return CommandRecord(step=self.steps_done, name=name)
 
+    def beat(self) -> None:
+        """The run gives its own signs of life."""
+
     def checkpoint(self) -> CheckpointRecord:
         """Ask for a checkpoint before the next update."""
         self._ask("SAVE")

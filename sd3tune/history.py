@@ -59,6 +59,13 @@ def rows_of(data: bytes) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def newest_segment(path: Path) -> int:
+    """The number of the stretch that a history was branched into last; 0 when it never was."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = [row for row in rows_of(b"\n".join(line for line in lines if b'"segment"' in line and b'"parent"' in line)) if "parent" in row]
+    return int(rows[-1].get("segment", 0)) if rows else 0
+
+
 def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop what a later segment has replaced."""
     kept: list[dict[str, Any]] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from sd3tune.assembly import plan_digest, rebuild_cache
 from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
+from sd3tune.locking import Lock
 from sd3tune.processes import Processes
 from sd3tune.run_folder import RunFolder, step_of
 
@@ -30,9 +32,7 @@ def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumabl
 
     Raises: CheckpointError when there is none, or when pictures or captions are no longer the same.
     """
-    path = Path(run).absolute()
-    step = step_of(path) if path.parent.name == "checkpoints" else None
-    folder = RunFolder.of(path if step is None else path.parent.parent)
+    folder, step = place_of(run)
     state = processes.by_main(lambda: folder.read_checkpoint(step))
     config = shared_out(RunConfig.load(folder.config), processes.count)
     cache = cache or rebuild_cache(folder, config, processes)
@@ -42,6 +42,25 @@ def read(run: str | Path, cache: Cache | None, processes: Processes) -> Resumabl
             "or start a new run (data sets with a train_batch_size of their own need as many processes as before)"
         )
     return Resumable(folder, as_it_was(config, state), cache, state)
+
+
+def place_of(run: str | Path) -> tuple[RunFolder, int | None]:
+    """The folder of a run, and the step when a checkpoint in it is named. Raises: CheckpointError when it is no run's."""
+    path = Path(run).absolute()
+    step = step_of(path) if path.parent.name == "checkpoints" else None
+    return RunFolder.of(path if step is None else path.parent.parent), step
+
+
+@contextmanager
+def alone(run: str | Path, processes: Processes) -> Iterator[None]:
+    """Hold the folder of a run while it is taken up. Raises: TrainingError when another process is running it; CheckpointError."""
+    lock = Lock(place_of(run)[0].lock)
+    processes.by_main(lock.take)
+    try:
+        yield
+    finally:
+        if processes.main:
+            lock.release()
 
 
 def as_it_was(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:

@@ -24,6 +24,7 @@ from sd3tune.files import (
 )
 from sd3tune.history import follow_segments, read_lines
 from sd3tune.keeping import best_of
+from sd3tune.locking import NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +73,11 @@ class RunFolder:
     def environment(self) -> Path:
         """Every installed package with its version."""
         return self.path / "environment.txt"
+
+    @property
+    def lock(self) -> Path:
+        """Who is writing into this folder; there while a run goes on."""
+        return self.path / NAME
 
     @property
     def checkpoint_folder(self) -> Path:

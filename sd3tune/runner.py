@@ -7,18 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
 from sd3tune.curves import Curve
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
+from sd3tune.inbox import Command, Inbox
 from sd3tune.records import ImageRecord, PreviewRecord, StepRecord
-from sd3tune.snapshot import LEGAL, Command, Gauges, Snapshot, Until, after, reached
+from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, reached
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 
 _LIVE: WeakValueDictionary[str, Runner] = WeakValueDictionary()
 _REGISTER = threading.Lock()
+
+BEAT = 5.0
+"""Seconds between two signs of life of a run that is paused."""
 
 
 class Runner:
@@ -41,13 +43,11 @@ class Runner:
         self._make: Callable[[], Made] | Trainer | None = make
         self.key = key
         self.viewer: object = None
-        self._queue: SimpleQueue[Command] = SimpleQueue()
-        self._late: deque[Command] = deque()
+        self._inbox = Inbox()
         self._changed = threading.Condition()
         self._snapshot = Snapshot()
         self._log: deque[str] = deque(maxlen=200)
         self._gauges = Gauges()
-        self._sent = 0
         self._failure: Failure | None = None
 
     @classmethod
@@ -71,9 +71,9 @@ class Runner:
         """Ask for something; returns at once. The worker obeys between two records, or the log says why not."""
         command = Command(name, values)
         with self._changed:
-            self._sent += 1
+            self._inbox.sent += 1
             if self._snapshot.live:
-                self._queue.put(command)
+                self._inbox.queue.put(command)
             elif name in LEGAL[self._snapshot.state]:
                 self._start()
                 self._answered()
@@ -85,7 +85,7 @@ class Runner:
     def answered(self) -> bool:
         """Whether everything that was asked so far is done or refused."""
         with self._changed:
-            return self._sent == self._snapshot.answered
+            return self._inbox.sent == self._snapshot.answered
 
     def wait(self, timeout: float | None = None, until: Until = None) -> Snapshot:
         """Wait for the end, for a state, for a step, or until a function of the snapshot is true.
@@ -126,13 +126,12 @@ class Runner:
         except BaseException as error:  # noqa: BLE001
             self._failure = Failure.of(error, self._snapshot.folder)
             end, text = "failed", self._failure.text
-            self._put(out_of_memory=self._failure.out_of_memory)
         trainer = None
         del make
         gc.collect()
         with self._changed:
             self._note(text or f"the run is {end}")
-            self._put(state=end, error=text, message="")
+            self._put(state=end, error=text, message="", out_of_memory=self._failure is not None and self._failure.out_of_memory)
             while (command := self._next()) is not None:
                 self._refuse(command)
                 self._answered()
@@ -147,21 +146,15 @@ class Runner:
             except StopIteration as end:
                 trainer: Trainer = end.value
                 return trainer
-            if any(command.name == "stop" for command in self._waiting()):
+            if any(command.name == "stop" for command in self._inbox.look()):
                 made.close()
                 return None
-
-    def _waiting(self) -> list[Command]:
-        """Commands for a trainer that is not there yet; they keep their order."""
-        with suppress(Empty):
-            while True:
-                self._late.append(self._queue.get(block=False))
-        return list(self._late)
 
     def _work(self, trainer: Trainer) -> str:
         self._put(
             step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
-            began_with=trainer.config, began_at=trainer.steps_done, message="", noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
+            began_with=trainer.config, began_at=trainer.steps_done, message="",
+            noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
         self._obey(trainer)
@@ -179,9 +172,9 @@ class Runner:
 
     def _obey(self, trainer: Trainer) -> None:
         """Do all that was asked since the last record; stay here while paused."""
-        while self._snapshot.state != "stopping" and (command := self._next()) is not None:
+        while self._snapshot.state != "stopping" and (command := self._next(trainer)) is not None:
             if self._snapshot.state == "validating" and command.name in ("pause", "stop"):
-                self._late.append(command)
+                self._inbox.later(command)
                 self._put(message=f"{command.name} follows when the pictures are drawn")
                 continue
             if command.name not in LEGAL[self._snapshot.state]:
@@ -195,13 +188,14 @@ class Runner:
                     self._refuse(command, str(error))
             self._answered()
 
-    def _next(self) -> Command | None:
-        if self._late and self._snapshot.state != "validating":
-            return self._late.popleft()
-        try:
-            return self._queue.get(block=self._snapshot.state == "paused")
-        except Empty:
-            return None
+    def _next(self, trainer: Trainer | None = None) -> Command | None:
+        """What was asked; while paused, wait for it, with a sign of life now and then."""
+        while True:
+            paused = self._snapshot.state == "paused" and trainer is not None
+            command = self._inbox.next(late=self._snapshot.state != "validating", wait=BEAT if paused else None)
+            if command is not None or not paused or trainer is None:
+                return command
+            trainer.beat()
 
     def _apply(self, command: Command, trainer: Trainer) -> None:
         name, state = command.name, self._snapshot.state

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sd3tune import certificate, keeping
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import TrainingError
 from sd3tune.files import write_text
-from sd3tune.history import History
+from sd3tune.history import History, newest_segment
+from sd3tune.locking import Lock
 from sd3tune.manifest import Manifest
 from sd3tune.mirror import Mirror
 from sd3tune.records import CheckpointRecord, Record, SegmentRecord, StepRecord
@@ -26,6 +29,7 @@ class Saver:
         self.keeper = keeping.Keeper()
         self.log = open_log(folder) if main else logging.Logger("sd3tune")
         self._history = History(folder.history) if main else None
+        self._lock = Lock(folder.lock)
         to = config.run.mirror_to
         self._mirror = Mirror(folder.path, to) if main and to else None
 
@@ -37,6 +41,31 @@ class Saver:
         config.save(self.folder.config)
         write_text(self.folder.manifest, json.dumps(manifest.as_dict(), indent=1) + "\n")
         self.log.info("run folder %s\n%s%s", self.folder.path, said + "\n" * bool(said), manifest)
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold the folder for as long as a run goes on. Raises: TrainingError when another process does, or went on with it meanwhile."""
+        if not self.main:
+            yield
+            return
+        self._lock = Lock(self.folder.lock)  # of this loop alone: one that was left half-way may end later, and must not let go of this
+        with self._lock:
+            if newest_segment(self.folder.history) != self.segment:
+                raise TrainingError(
+                    f"{self.folder.path}: this run was resumed elsewhere and went on from there; to go on with that, resume it again "
+                    f"(Trainer.resume({str(self.folder.path)!r}))"
+                )
+            yield
+
+    def beat(self) -> None:
+        """Give a sign of life. Raises: TrainingError when another process has taken the folder."""
+        self._lock.beat()
+
+    def beating(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records of a run, with a sign of life now and then. Raises: TrainingError when another process has taken the folder."""
+        for record in records:
+            self.beat()
+            yield record
 
     def tell(self, record: Record) -> None:
         """Write a record to the history; those that are rare also to the log, in words."""
@@ -67,7 +96,8 @@ class Saver:
         return record
 
     def checkpoint(self, step: int, state: Mapping[str, Any], keep: int) -> CheckpointRecord:
-        """Write a checkpoint and read it back; older ones are untouched until then."""
+        """Write a checkpoint and read it back; older ones are untouched until then. Raises: TrainingError when the folder is another's."""
+        self._lock.require_free()
         rest = {**state, "segment": self.segment}
         tensors = {name: rest.pop(name) for name in ("adapter", "optimizer")}
         path, count = self.folder.write_checkpoint(step, tensors, rest, keep)
@@ -104,7 +134,7 @@ class Saver:
         """Copy the finished run's files; what is to be said of that."""
         if not self._mirror:
             return []
-        self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file()])
+        self._mirror.copy("the run", [p for p in sorted(self.folder.path.iterdir()) if p.is_file() and p != self.folder.lock])
         said = self.news(wait=True)
         self._mirror.close()
         return said

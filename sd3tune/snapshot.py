@@ -110,14 +110,6 @@ class Snapshot:
         return None if self.seconds_per_update_in_all is None else self.seconds_per_update_in_all * (self.total_steps - self.step)
 
 
-@dataclass(frozen=True)
-class Command:
-    """What a person asked."""
-
-    name: str
-    values: dict[str, Any]
-
-
 BAND = 0.25
 """Width of a band of noise levels."""
 

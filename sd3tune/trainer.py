@@ -143,9 +143,9 @@ class Trainer:
         how far it goes, and the others follow.
         """
         last = None if n is None else self.steps_done + n
-        with terminated_as_interrupt() if self.processes.main else signals_ignored():
+        with terminated_as_interrupt() if self.processes.main else signals_ignored(), self._saver.holding():
             try:
-                yield from self._run(last) if self.processes.main else self._follow()
+                yield from self._saver.beating(self._run(last)) if self.processes.main else self._follow()
             except GeneratorExit:
                 self._part()
                 raise
@@ -153,7 +153,7 @@ class Trainer:
                 self._reporters.failed(self.steps_done, error)
                 try:
                     self.secure()
-                except (FileError, CheckpointError) as second:
+                except (FileError, CheckpointError, TrainingError) as second:
                     error.add_note(f"the state could not be saved either: {second}")
                 finally:
                     self._dismiss()
@@ -437,6 +437,10 @@ class Trainer:
         builder = CacheBuilder(replace(self.cache.plan, train=(), evaluation=(), texts=texts), encoders.encoders(self.config, device="cpu"))
         yield from builder
 
+    def beat(self) -> None:
+        """Say that this run is still held while it waits. Raises: TrainingError when another process has taken it over."""
+        self._saver.beat()
+
     def note(self, name: str) -> CommandRecord:
         """Write a command that changes nothing here (pause, go on, stop) to the history."""
         record = CommandRecord(step=self.steps_done, name=name)
@@ -572,10 +576,11 @@ class Trainer:
         captions are no longer the same; ConfigError.
         """
         processes = join()
-        found = resuming.read(run_folder, cache, processes)
-        how = {name: value for name, value in changes.items() if name in HOW}
-        trainer = cls(found.config.replace(**how), found.cache, folder=found.folder, processes=processes)
-        trainer._restore(found.state, {name: value for name, value in changes.items() if name not in how}, how)
+        with resuming.alone(run_folder, processes):
+            found = resuming.read(run_folder, cache, processes)
+            how = {name: value for name, value in changes.items() if name in HOW}
+            trainer = cls(found.config.replace(**how), found.cache, folder=found.folder, processes=processes)
+            trainer._restore(found.state, {name: value for name, value in changes.items() if name not in how}, how)
         if processes.main:
             print(trainer.certificate)  # noqa: T201 (a resumed run says so itself, in a notebook too)
         return trainer

@@ -20,7 +20,7 @@ PUBLIC = {
     "doctor", "download_dataset", "free",
     "RunConfig", "presets", "check", "discover", "Catalog", "plan", "Plan", "encoders", "CacheBuilder", "Cache", "Batches", "Trainer",
     "StepRecord", "runs", "Sd3TuneError", "ConfigError", "DataError", "CacheError", "ModelError", "FileError", "CheckpointError",
-    "TrainingError", "from_simpletuner", "launch", "lr_probe", "replay", "sample", "slg_grid",
+    "TrainingError", "from_simpletuner", "launch", "lr_probe", "open_run", "replay", "sample", "slg_grid",
 }  # fmt: skip
 
 

@@ -47,6 +47,8 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
         (["plan", "--set", "learning_rate=-1", "--set", "lora_rank=0", "--set", "mixed_precision=fp8"], "3 problems"),
         (["train", "--resume", "nowhere"], "not a run folder"),
         (["settings", "no-such-word"], "no setting has 'no-such-word'"),
+        (["configure", "--set", "lora_rank=0", "--yes"], "lora_rank: 0 is not allowed"),
+        (["configure", "--answers", "nowhere.yaml"], "nowhere.yaml: 1 problem\n  - there is no such file"),
     ],
 )
 def test_mistakes_are_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -71,9 +73,11 @@ def test_wrong_usage_exits_with_two() -> None:
 
 
 def test_settings_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
-    """Name, default, unit, meaning."""
+    """Name, default, range, unit, meaning."""
     assert main(["settings", "lr_warmup"]) == 0
-    assert capsys.readouterr().out.strip() == ("optimizer.lr_warmup_steps = 20 [updates]: Updates over which the rate rises from zero.")
+    assert capsys.readouterr().out.strip() == (
+        "optimizer.lr_warmup_steps = 20 [a whole number from 0 to 10,000,000 updates]: Updates over which the rate rises from zero."
+    )
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(bench: Workbench, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_handlers_only_enqueue(live: TrainingPanel, fake: FakeTrainer) -> None:
         live.buttons[name].click()
     live.fields["learning_rate"].value = 0.5
     assert fake.calls == []
-    assert live.runner._queue.qsize() == 5
+    assert live.runner._inbox.queue.qsize() == 5
 
 
 def test_a_field_changed_while_training_reaches_the_trainer(live: TrainingPanel, fake: FakeTrainer) -> None:

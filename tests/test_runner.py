@@ -53,7 +53,7 @@ class FakeTrainer:
         for gate in self.gates.values():
             gate.set()
 
-        self.total_memory_bytes, self.new_prompts = 0, list[str]()
+        self.total_memory_bytes, self.new_prompts, self.beats = 0, list[str](), 0
 
     def unread(self, settings: Any) -> list[str]:
         self.config.replace(**settings)
@@ -62,6 +62,9 @@ class FakeTrainer:
     def encode(self, prompts: Any) -> Iterator[Record]:
         self.new_prompts += prompts
         yield NoticeRecord(step=self.steps_done, text="reading 1 new prompts")
+
+    def beat(self) -> None:
+        self.beats += 1
 
     def rewind(self, step: int) -> Record:
         if step % 2:

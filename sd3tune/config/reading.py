@@ -245,14 +245,3 @@ def mapping_of(text: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found):
         raise ConfigError([f"{text.strip()!r} is not a list of NAME: VALUE lines"], "settings")
     return dict(found)
-
-
-def describe_settings() -> list[str]:
-    """One line for each setting: name, default, meaning, unit, and whether it may change while training."""
-    lines = []
-    for section, cls in SECTION_CLASSES.items():
-        for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
-            extra = field.json_schema_extra
-            unit, live = f" [{extra['unit']}]" if extra["unit"] else "", "; may change while training" if extra["live"] else ""
-            lines.append(f"{section}.{name} = {field.default!r}{unit}: {field.description}{live}")
-    return lines

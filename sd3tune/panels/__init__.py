@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sd3tune.following import in_processes
 from sd3tune.panels.compare import ComparePanel
+from sd3tune.panels.configure import ConfigurePanel, configure
 from sd3tune.panels.data import DataPanel
 from sd3tune.panels.doctor import DoctorPanel
 from sd3tune.panels.draft import Draft
@@ -16,6 +17,6 @@ from sd3tune.panels.training import TrainingPanel
 from sd3tune.progress import progress
 
 __all__ = [
-    "ComparePanel", "DataPanel", "DoctorPanel", "Draft", "ExportPanel", "GridLab", "LearningPanel", "ModelPanel", "RunPanel", "Studio",
-    "TrainingPanel", "ValidationPanel", "in_processes", "progress",
+    "ComparePanel", "ConfigurePanel", "DataPanel", "DoctorPanel", "Draft", "ExportPanel", "GridLab", "LearningPanel", "ModelPanel",
+    "RunPanel", "Studio", "TrainingPanel", "ValidationPanel", "configure", "in_processes", "progress",
 ]  # fmt: skip

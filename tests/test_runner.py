@@ -469,10 +469,11 @@ def test_what_it_takes_to_make_a_trainer_is_shown_and_can_be_stopped(fake: FakeT
     assert runner.wait(PATIENCE).state == "stopped"
     assert closed.is_set()
     assert fake.steps_done == 0
-    gate.set()
+    gate.clear()
     again = Runner(make)
     again.send("start")
     again.send("set", learning_rate=0.5)  # kept until there is a trainer
+    gate.set()
     end = again.wait(PATIENCE)
     assert (end.state, fake.calls[0]) == ("finished", ("set", {"learning_rate": 0.5}))
 

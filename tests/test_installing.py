@@ -18,7 +18,9 @@ def write_wheel(folder: Path, name: str, version: str, *requires: str) -> None:
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", f"VERSION = {version!r}\n")
         wheel.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines) + "\n")
-        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
 
 

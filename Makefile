@@ -1,5 +1,6 @@
 # make demo   train a LoRA on the model that comes with the package and look at what it learned
 # make test   everything that must hold before a change lands
+# make notebooks   every tutorial, run from top to bottom
 # make lab    JupyterLab on the notebooks
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full lab lint clean
+.PHONY: demo test test-full notebooks lab lint clean
 
 # A torch that this machine's Python can already import (a rented GPU's own) is reused; otherwise the tested one is installed.
 $(READY): pyproject.toml constraints.txt
@@ -33,6 +34,12 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -m "not full" tests
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/panel.ipynb
+
+# Two at a time where pytest-xdist is installed. The first one encodes what all of them share, so that they do not do it twice.
+notebooks: $(READY)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks/01_first_lora.ipynb
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 $$($(BIN)/python -c 'import xdist' 2>/dev/null && printf %s '-n 2') \
+		--ignore=notebooks/quickstart.ipynb --ignore=notebooks/panel.ipynb --ignore=notebooks/01_first_lora.ipynb notebooks
 
 test-full: $(READY)
 	$(BIN)/python -m pytest -m full tests

@@ -27,7 +27,7 @@ def building(builder: Iterable[CacheRecord]) -> Iterator[CacheRecord]:
     try:
         for record in builder:
             what = {"pictures": "reading", "states": record.name}.get(record.kind, "encoding")
-            if bar is None or bar.desc != f"{what}: ":
+            if bar is None or bar.desc.removesuffix(": ") != what:
                 if bar is not None:
                     bar.close()
                 unit = {"pictures": "picture", "states": "text"}.get(record.kind, "entry")

@@ -112,6 +112,13 @@ class Saver:
             self._mirror.copy(f"step {step}", [*facts, *written], keep=[p.name for p in self.folder.checkpoints()])
         return record
 
+    @property
+    def finished(self) -> bool:
+        """Whether the final adapter is there, and not one that a resume or a rewind has left behind."""
+        lora = self.folder.lora
+        written = (row for row in self.folder.read_history() if row["type"] == CheckpointRecord.type)
+        return lora.exists() and any(Path(row["path"]).name == lora.name for row in written)
+
     def best_so_far(self, loss: float) -> bool:
         """Whether no checkpoint was better on the held-out pictures."""
         best = keeping.best_of(self.folder.checkpoint_folder)

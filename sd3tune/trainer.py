@@ -172,7 +172,7 @@ class Trainer:
             if (yield from self._advance()):
                 yield from self._due(self.steps_done)
             yield from self._news(self._saver.news())
-        if self.done and not self.folder.lora.exists():
+        if self.done and not self._saver.finished:
             yield from self._finish()
         self._order(stop=True)
 

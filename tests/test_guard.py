@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_weights_that_run_away_go_back_to_where_they_were_well() -> None:
     with pytest.raises(GuardError) as caught:
         made.update(peak_learning_rate=1000.0)
     assert caught.value.refusal.runaway
+    assert re.search(r"root mean square\); block [\w.]+\. The update was not applied\. Lower learning_rate, or set", str(caught.value))
     assert made.updates == 4
     assert equal(bits(made), before)
 

@@ -123,6 +123,7 @@ class RunPanel(Panel):
 
         The interrupt button ends the watching; the run goes on.
         """
+        self.say("Watched from this cell; the interrupt button ends the watching, not the run.")
         try:
             while self.runner.snapshot.live:
                 self.refresh()

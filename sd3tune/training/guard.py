@@ -60,8 +60,9 @@ class Refusal:
 
     def __str__(self) -> str:
         levels = ", ".join(f"{sigma:.3f}" for sigma in self.sigmas)
+        what = f"; items {', '.join(self.items)} at noise levels {levels}" if self.items else ""  # none: it was the weights
         where = f"; block {self.block}" if self.block else ""
-        return f"step {self.step}: {self.why}; items {', '.join(self.items)} at noise levels {levels}{where}"
+        return f"step {self.step}: {self.why}{what}{where}"
 
 
 class GuardError(TrainingError):
@@ -70,8 +71,8 @@ class GuardError(TrainingError):
     def __init__(self, refusal: Refusal) -> None:
         self.refusal = refusal
         super().__init__(
-            f"{refusal}. The update was not applied. Lower learning_rate, look at these items with the catalog, or set "
-            "guard_policy: skip or rollback."
+            f"{refusal}. The update was not applied. Lower learning_rate, {'look at these items with the catalog, ' * bool(refusal.items)}"
+            "or set guard_policy: skip or rollback."
         )
 
 

@@ -103,6 +103,7 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     lab.output(3).get_by_text("threads 1").wait_for(timeout=PATIENCE)
 
     lab.run(4)
+    page.get_by_text("Watched from this cell").wait_for(timeout=PATIENCE)
     page.wait_for_timeout(1500)
     lab.do("notebook:interrupt-kernel")
     lab.output(4).get_by_text(re.compile("watched (training|validating)")).wait_for(timeout=PATIENCE)

@@ -185,7 +185,7 @@ def check(flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch
         assert count > 10
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("precision", [*(pytest.param(name, marks=pytest.mark.full) for name in ("no_change", "int8-quanto")), "nf4-bnb"])
 def test_arms_of_the_playground(tmp_path: Path, precision: str) -> None:
     """LoRA, DoRA where legal, and LoKr; with and without checkpointing."""
     check("playground", precision, tmp_path, tmp_path / "base")

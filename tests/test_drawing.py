@@ -41,7 +41,8 @@ LIBRARY: dict[str, Any] = {"half": {"prompt": "lock", "strength": 0.5, "steps": 
 def run(bench: Workbench, request: pytest.FixtureRequest) -> st.Trainer:
     """A short run that draws everything there is: two libraries, an average, seeds, skip-layer guidance, no prompt, scores."""
     trainer = bench.trainer(
-        max_train_steps=6, validation_steps=3, validation_prompt=("lock",), user_prompt_library=LIBRARY, num_validation_images=request.param,
+        max_train_steps=6, validation_steps=3, validation_prompt=("lock",), user_prompt_library=LIBRARY,
+        num_validation_images=request.param,
         validation_disable_unconditional=False, use_ema=True, evaluation_type="clip", validation_preview=True, validation_preview_steps=2,
         **SLG,
     )  # fmt: skip
@@ -466,7 +467,7 @@ def differing(one: Image.Image, other: Image.Image) -> int:
     return max(int(band.getextrema()[1]) for band in ImageChops.difference(one.convert("RGB"), other.convert("RGB")).split())
 
 
-@pytest.mark.parametrize("file", ["", "lora.safetensors", "checkpoints/step-000006", "comfyui"])
+@pytest.mark.parametrize("file", ["", pytest.param("lora.safetensors", marks=pytest.mark.full), "checkpoints/step-000006", "comfyui"])
 def test_samples_are_the_runs_own_pictures(run: st.Trainer, tmp_path: Path, file: str) -> None:
     """From the run folder, its file, a checkpoint or ComfyUI's layout: within 2 of 255 of what the run drew."""
     path = run.folder.path / file

@@ -223,7 +223,10 @@ torch.save(found.sample, out)
 """
 
 
-@pytest.mark.parametrize("values", [{"use_dora": True}, {"lora_alpha": 64.0}, {"lora_targets": "all-linear", "lora_alpha": 3.0}])
+REST: list[dict[str, Any]] = [{"lora_alpha": 64.0}, {"lora_targets": "all-linear", "lora_alpha": 3.0}]
+
+
+@pytest.mark.parametrize("values", [{"use_dora": True, "lora_alpha": 4.0}, *(pytest.param(v, marks=pytest.mark.full) for v in REST)])
 def test_stock_diffusers_predicts_what_the_trainer_predicts(bench: Workbench, tmp_path: Path, values: dict[str, Any]) -> None:
     """DoRA, alpha = 4 x rank, and every linear layer: the transformer's output in a process without sd3tune."""
     trainer = bench.trainer(**values, lr_warmup_steps=0, learning_rate=5e-3)

@@ -76,7 +76,7 @@ ALL = [(p, dtype, dora) for p in PRECISIONS for dtype in (torch.float32, torch.b
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "dora"),
-    [pytest.param(*row, marks=() if row in QUICK or row[2] and row[0].endswith("quanto") else pytest.mark.full) for row in ALL],
+    [pytest.param(*row, marks=() if row in QUICK or (row[2] and row[0].endswith("quanto")) else pytest.mark.full) for row in ALL],
 )
 def test_the_adapters_gradient_is_that_of_the_dequantised_base(precision: str, dtype: torch.dtype, dora: bool) -> None:
     """A LoRA (and a DoRA, where legal) on a quantised base learns what it would learn on the same weights unpacked."""

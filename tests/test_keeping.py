@@ -123,6 +123,7 @@ def test_sigterm_between_two_updates_too(bench: Workbench) -> None:
     assert steps_of(trainer.folder) == [2]
 
 
+@pytest.mark.full
 def test_the_command_line_obeys_sigterm(bench: Workbench, tmp_path: Path) -> None:
     """SIGTERM to ``sd3tune train``: exit code 130, a checkpoint, and how to go on."""
     config = bench.config(**{**PLAIN, "max_train_steps": 400}, output_dir=str(tmp_path / "run"))

@@ -21,9 +21,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is remembered of files stays inside the tests."""
+    """What is remembered of files and of this machine stays inside the tests, and is one for all that run at the same time."""
+    folder = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("memory")))
+        patched.setenv("XDG_CACHE_HOME", str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "memory"))
         yield
 
 

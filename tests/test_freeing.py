@@ -61,7 +61,7 @@ print("well", before)
 @pytest.mark.parametrize("which", ["each once", pytest.param("all", marks=pytest.mark.full)])
 def test_memory_comes_back_after_an_error(bench: Workbench, tmp_path: Path, which: str) -> None:
     """Out of memory and an interrupt inside a step: names dead, tensors back to the start, and the next trainer works."""
-    config = bench.config()
+    config = bench.config(lora_targets=("to_q",))
     config.save(tmp_path / "run.yaml")
     command = [sys.executable, "-W", "ignore", "-c", KERNEL, str(tmp_path / "run.yaml"), str(bench.datasets), which]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

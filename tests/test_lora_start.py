@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stock
 import torch
 from conftest import Workbench
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lora_files import STOCK
 
 import sd3tune as st
 from sd3tune import cli, playground
@@ -101,8 +100,11 @@ def test_files_that_do_not_fit_are_explained(bench: Workbench, tmp_path: Path) -
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def test_ranks_by_name_reach_the_file_and_stock_diffusers(bench: Workbench, tmp_path: Path) -> None:
-    """Shapes follow lora_rank_pattern, alpha / rank is the same everywhere, and diffusers alone reads every key and draws the same."""
+@pytest.mark.parametrize(
+    "draw", [stock.draw, pytest.param(partial(stock.elsewhere, "draw"), marks=pytest.mark.full)], ids=["here", "elsewhere"]
+)
+def test_ranks_by_name_reach_the_file_and_stock_diffusers(bench: Workbench, tmp_path: Path, draw: Any) -> None:
+    """Shapes follow lora_rank_pattern, alpha / rank is the same everywhere, and diffusers reads every key and draws the same."""
     import numpy as np
     from PIL import Image
 
@@ -122,9 +124,7 @@ def test_ranks_by_name_reach_the_file_and_stock_diffusers(bench: Workbench, tmp_
     assert {layer.scale for layer in read.layers.values()} == {1.0}  # 16 / 8 is folded into B
     arguments = [str(playground.MODEL), str(tmp_path / "lora.safetensors"), str(tmp_path / "out.png"), "lock"]
     arguments.append(str(trainer.config.validation_seed))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = draw(*arguments)
     assert (found["missing"], found["unexpected"]) == ([], [])
     own = np.asarray(Image.open(trainer.folder.images(6) / "00.png"), dtype=int)
     assert np.abs(own - np.asarray(Image.open(tmp_path / "out.png"), dtype=int)).max() <= 2

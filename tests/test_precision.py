@@ -115,7 +115,7 @@ def is_quantised_here(name: str, module: nn.Module) -> bool:
     return hasattr(module, "weight") and hasattr(module, "in_features") and type(module) is not nn.Linear
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("precision", ["int8-quanto", pytest.param("nf4-bnb", marks=pytest.mark.full)])
 def test_a_run_on_a_small_base_learns_saves_and_resumes_bitwise(bench: Workbench, precision: str) -> None:
     """4 updates are 2 + 2 through a checkpoint; the file fits stock names; the manifest says the format."""
     whole = bench.trainer(base_model_precision=precision)
@@ -134,7 +134,7 @@ def test_a_run_on_a_small_base_learns_saves_and_resumes_bitwise(bench: Workbench
 
 
 @pytest.mark.parametrize(
-    "precision", ["int8-quanto", "nf4-bnb", *(pytest.param(name, marks=pytest.mark.full) for name in ("int2-quanto", "fp8-quanto"))]
+    "precision", ["nf4-bnb", *(pytest.param(name, marks=pytest.mark.full) for name in ("int8-quanto", "int2-quanto", "fp8-quanto"))]
 )
 def test_a_look_does_not_change_what_is_learned(bench: Workbench, precision: str) -> None:
     """Pictures and the held-out loss on the way: the same updates as without, for every kind of layer."""

@@ -202,20 +202,21 @@ def goes_on_alone(folder: RunFolder) -> int:
     return step + 1
 
 
-def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_panel_follows_and_steers_other_processes(data: Path, count: int) -> None:
     """Started, watched, changed, paused and stopped like a run in the kernel; all of it stands in the run's own history, and one
     process goes on with it.
     """
-    config = st.presets.playground(**settings(data, output_dir=str(data / "runs" / "launched"), max_train_steps=5000))
+    config = st.presets.playground(**settings(data, output_dir=str(data / "runs" / f"launched{count}"), max_train_steps=5000))
     cache = st.CacheBuilder(st.plan(st.discover(data / "datasets.yaml"), config), st.encoders(config)).build()
-    panel = panels.TrainingPanel(config, cache, make=panels.in_processes(data / "datasets.yaml", 2))
+    panel = panels.TrainingPanel(config, cache, make=panels.in_processes(data / "datasets.yaml", count))
     panel.start()
     panel.wait(240, until=4)
     panel.runner.send("set", learning_rate=2e-4)
     panel.wait(60, until=lambda now: now.learning_rate == 2e-4)
     panel.press("pause")
     panel.wait(60, until="paused")
-    folder, patience = RunFolder(data / "runs" / "launched"), time.monotonic() + 60
+    folder, patience = RunFolder(data / "runs" / f"launched{count}"), time.monotonic() + 60
     while '"pause"' not in folder.history.read_text() and time.monotonic() < patience:
         time.sleep(0.1)
     panel.press("go_on")
@@ -226,8 +227,9 @@ def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
     commands = [(row["name"], row["refused"]) for row in history if row["type"] == "command"]
     assert [row for row in commands if row[0] != "save"] == [("set", ""), ("pause", ""), ("go_on", ""), ("stop", "")]
     assert folder.read_checkpoint()["updates"] == [row["step"] for row in history if row["type"] == "step"][-1]
-    assert st.RunConfig.load(folder.config).run.num_processes == 2
-    goes_on_alone(folder)
+    assert st.RunConfig.load(folder.config).run.num_processes == count
+    if count == 2:
+        goes_on_alone(folder)
 
 
 def test_settings_by_a_file_are_taken_or_refused_in_words(bench: Workbench) -> None:

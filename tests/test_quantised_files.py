@@ -39,7 +39,7 @@ torch.save(([tensor.clone() for tensor in tensors_of(model)], out.detach()), cac
 """
 
 
-QUICK = [("int8-quanto", "no"), ("nf4-bnb", "bf16")]
+QUICK = [("nf4-bnb", "bf16")]
 REST = [(p, mixed) for p in PRECISIONS if p != "no_change" for mixed in ("no", "bf16") if (p, mixed) not in QUICK]
 
 

@@ -31,8 +31,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python notebooks/run_quickstart.py
 
+# Two tests at a time, each with one thread: a test that waits leaves its core to the other.
 test: lint
-	$(BIN)/python -m pytest -m "not full" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" tests
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/panel.ipynb
 
 # Two at a time where pytest-xdist is installed. The first one encodes what all of them share, so that they do not do it twice.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,10 +158,13 @@ def written(path: Path, network: Any, weights: Any, spec: Spec, folder: Path) ->
     return path
 
 
-def check(flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch.dtype = torch.float32) -> None:
+def check(
+    flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch.dtype = torch.float32, some: Sequence[tuple[str, bool]] = ()
+) -> None:
+    """Every arm of a precision, or some of them."""
     folder, files = base_of(flavour, base), []
     quantised, whole = bases(folder, dtype, precision)
-    for kind, checkpointing in arms(precision):
+    for kind, checkpointing in some or arms(precision):
         with with_adapter(whole, kind, checkpointing=False) as (_, weights, _):
             expected = gradient(whole, weights, dtype)
         with with_adapter(quantised, kind, checkpointing=checkpointing) as (network, weights, spec):
@@ -185,6 +188,12 @@ def check(flavour: str, precision: str, tmp_path: Path, base: Path, dtype: torch
         assert count > 10
 
 
+def test_an_arm_of_each_adapter(tmp_path: Path) -> None:
+    """LoRA, DoRA and LoKr on the precision that allows all three."""
+    check("playground", "nf4-bnb", tmp_path, tmp_path / "base", some=(("lora", True), ("dora", False), ("lokr", True)))
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["no_change", "int8-quanto", "nf4-bnb"])
 def test_arms_of_the_playground(tmp_path: Path, precision: str) -> None:
     """LoRA, DoRA where legal, and LoKr; with and without checkpointing."""

@@ -129,7 +129,7 @@ def test_the_base_is_what_it_is_compared_with() -> None:
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
-QUICK: dict[str, Any] = {"validation_prompt": (), "learning_rate": 1e-2, "num_eval_images": 2}
+QUICK: dict[str, Any] = {"validation_prompt": (), "learning_rate": 1e-2, "num_eval_images": 2, "lora_targets": ("to_q", "to_v")}
 
 
 def updates(trainer: st.Trainer, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,7 @@ from sd3tune.models import encoders
 TEXTS = ["CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"]
 
 
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is loaded, in order; each load finds everything that was loaded before it gone."""
     order: list[str] = []
     alive: list[weakref.ref[Any]] = []
@@ -42,22 +42,37 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return order
 
 
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return watch(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def built(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A cache that was built once, and what was loaded for it; not to be changed."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patched:
+        order = watch(patched)
+        build(bench, folder)
+    return folder, order
+
+
 def build(bench: Workbench, folder: Path, **settings: Any) -> dict[str, bytes]:
     config = bench.config(cache_dir=str(folder), text_encoder_batch_size=5, **settings)
     bench.cache(config)
     return stored(folder)
 
 
-def test_each_is_loaded_when_the_one_before_is_gone(bench: Workbench, tmp_path: Path, loads: list[str]) -> None:
+def test_each_is_loaded_when_the_one_before_is_gone(built: tuple[Path, list[str]]) -> None:
     """The text encoders once each over all texts, then the autoencoder."""
-    assert len(build(bench, tmp_path)) > 30
-    assert loads == [*TEXTS, "AutoencoderKL"]
+    assert len(stored(built[0])) > 30
+    assert built[1] == [*TEXTS, "AutoencoderKL"]
 
 
-def test_only_what_is_missing_is_loaded(bench: Workbench, tmp_path: Path, loads: list[str]) -> None:
+def test_only_what_is_missing_is_loaded(bench: Workbench, tmp_path: Path, built: tuple[Path, list[str]], loads: list[str]) -> None:
     """A lost latent needs no text encoder, a lost text no autoencoder, and nothing is needed when all is there."""
-    whole = build(bench, tmp_path)
-    loads.clear()
+    shutil.copytree(built[0], tmp_path, dirs_exist_ok=True)
+    whole = stored(tmp_path)
     lose(tmp_path, [name for name in whole if name.startswith("latents")][:1])
     assert build(bench, tmp_path) == whole
     assert loads == ["AutoencoderKL"]
@@ -71,12 +86,11 @@ def test_only_what_is_missing_is_loaded(bench: Workbench, tmp_path: Path, loads:
 
 
 def test_the_bound_changes_the_order_and_no_bit(
-    bench: Workbench, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+    bench: Workbench, tmp_path: Path, built: tuple[Path, list[str]], loads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for what the CLIPs gave of two groups the encoders come again for each two; the entries are the same."""
-    whole = build(bench, tmp_path / "whole")
+    whole = stored(built[0])
     texts = sum(name.startswith("texts") for name in whole)
-    loads.clear()
     with st.encoders(bench.config()).load() as loaded:
         monkeypatch.setattr(encoding, "HELD_BYTES", 11 * loaded.held_bytes)
     assert build(bench, tmp_path / "bounded") == whole

@@ -70,9 +70,14 @@ def test_the_modulation_may_stay_whole() -> None:
     assert all(name.endswith(("norm1.linear", "norm1_context.linear")) for name in names)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dora", [False, True])
+QUICK = [("int8-quanto", torch.float32, False), ("nf4-bnb", torch.bfloat16, True), ("nf4-bnb", torch.float32, False)]
+ALL = [(p, dtype, dora) for p in PRECISIONS for dtype in (torch.float32, torch.bfloat16) for dora in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "dora"),
+    [pytest.param(*row, marks=() if row in QUICK or (row[2] and row[0].endswith("quanto")) else pytest.mark.full) for row in ALL],
+)
 def test_the_adapters_gradient_is_that_of_the_dequantised_base(precision: str, dtype: torch.dtype, dora: bool) -> None:
     """A LoRA (and a DoRA, where legal) on a quantised base learns what it would learn on the same weights unpacked."""
     if dora and precision.endswith("quanto"):
@@ -110,29 +115,31 @@ def is_quantised_here(name: str, module: nn.Module) -> bool:
     return hasattr(module, "weight") and hasattr(module, "in_features") and type(module) is not nn.Linear
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("precision", ["int8-quanto", pytest.param("nf4-bnb", marks=pytest.mark.full)])
 def test_a_run_on_a_small_base_learns_saves_and_resumes_bitwise(bench: Workbench, precision: str) -> None:
-    """8 updates are 4 + 4 through a checkpoint; the file fits stock names; the manifest says the format."""
+    """4 updates are 2 + 2 through a checkpoint; the file fits stock names; the manifest says the format."""
     whole = bench.trainer(base_model_precision=precision)
-    for _ in range(8):
+    for _ in range(4):
         whole.step()
     half = bench.trainer(base_model_precision=precision)
-    for _ in range(4):
+    for _ in range(2):
         half.step()
     half.checkpoint()
     again = st.Trainer.resume(half.folder.path)
-    for _ in range(4):
+    for _ in range(2):
         again.step()
     one, two = whole.state_dict()["adapter"], again.state_dict()["adapter"]
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert whole.save(whole.folder.lora) == 192
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize(
+    "precision", ["nf4-bnb", *(pytest.param(name, marks=pytest.mark.full) for name in ("int8-quanto", "int2-quanto", "fp8-quanto"))]
+)
 def test_a_look_does_not_change_what_is_learned(bench: Workbench, precision: str) -> None:
     """Pictures and the held-out loss on the way: the same updates as without, for every kind of layer."""
     quiet, watched = bench.trainer(base_model_precision=precision), bench.trainer(base_model_precision=precision)
-    for _ in range(3):
+    for _ in range(2):
         quiet.step()
         watched.step()
         watched.evaluate()
@@ -145,10 +152,10 @@ def test_a_look_does_not_change_what_is_learned(bench: Workbench, precision: str
 def test_two_formats_in_one_process_do_not_disturb_each_other(bench: Workbench) -> None:
     """Trainers of different precision take turns; each does what it does alone."""
     alone = [bench.trainer(base_model_precision=p) for p in ("no_change", "int8-quanto")]
-    expected = [[t.step().loss for _ in range(3)] for t in alone]
+    expected = [[t.step().loss for _ in range(2)] for t in alone]
     together = [bench.trainer(base_model_precision=p) for p in ("no_change", "int8-quanto")]
     found: list[list[float]] = [[], []]
-    for _ in range(3):
+    for _ in range(2):
         for losses, trainer in zip(found, together, strict=True):
             losses.append(trainer.step().loss)
     assert found == expected

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import several
 import torch
 from conftest import Workbench
 
@@ -27,7 +28,6 @@ from sd3tune.launching import _own
 from sd3tune.processes import Processes, join
 from sd3tune.run_folder import RunFolder
 
-SEVERAL = Path(__file__).with_name("several.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(sys.path)}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -86,13 +86,17 @@ ALL: dict[str, Any] = {
 """Everything that is drawn for an image."""
 
 
-def told(data: Path, name: str, count: int) -> list[dict[str, Any]]:
+def told(data: Path, name: str, count: int, updates: int) -> list[dict[str, Any]]:
     """Train with so many processes; what each of them wrote down."""
-    config = st.presets.playground(**settings(data, num_processes=count, train_batch_size=2 // count, **ALL))
-    job = write_job(data / name, data, config, poison=14, slower_from=5)
-    command = [*(TORCHRUN if count == 2 else [sys.executable]), str(SEVERAL), str(job)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = st.presets.playground(**settings(data, num_processes=count, train_batch_size=2 // count, max_train_steps=updates, **ALL))
+    job = write_job(data / f"{name}-{updates}", data, config, poison=14, slower_from=5)
+    if count == 1:
+        several.main(job)
+    else:
+        done = subprocess.run(
+            [*TORCHRUN, several.__file__, str(job)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(job.with_name(f"told-{rank}-of-{count}.json").read_text()) for rank in range(count)]
 
 
@@ -105,14 +109,15 @@ def flat(rows: list[Any]) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in (row if isinstance(row, list) else [row])])
 
 
-def test_two_processes_are_one(data: Path) -> None:
-    """2 x 1 against 1 x 2 over 20 updates of 2 batches: the same losses and adapter, to 1e-5.
+@pytest.mark.parametrize("updates", [9, pytest.param(20, marks=pytest.mark.full)])
+def test_two_processes_are_one(data: Path, updates: int) -> None:
+    """2 x 1 against 1 x 2 over 9 and 20 updates of 2 batches: the same losses and adapter, to 1e-5.
 
     With masks, regularisation, rollouts, short batches, a rate that a person lowers after update 5, and a poisoned picture that the guard
     skips.
     """
-    first, second = told(data, "two", 2)
-    (alone,) = told(data, "one", 1)
+    first, second = told(data, "two", 2, updates)
+    (alone,) = told(data, "one", 1, updates)
     assert (first["count"], second["count"], alone["count"]) == (2, 2, 1)
     assert first["images"] + second["images"] == alone["images"]
     assert min(first["images"], second["images"]) > 0.4 * alone["images"], "both did their share"
@@ -132,7 +137,7 @@ def test_two_processes_are_one(data: Path) -> None:
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
     assert first["folder"] == second["folder"], "there is one run folder"
     steps = [row for row in RunFolder(Path(first["folder"])).read_history() if row["type"] == "step"]
-    assert [row["step"] for row in steps] == list(range(1, 21)), "one process wrote the history"
+    assert [row["step"] for row in steps] == list(range(1, updates + 1)), "one process wrote the history"
 
 
 @contextmanager
@@ -161,6 +166,7 @@ def worker(process: subprocess.Popen[str], rank: int) -> int:
     return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_the_others_with_a_message(data: Path) -> None:
     """SIGKILL of the second process: within 30 s all is over, the reason is said, and the state is saved and resumes."""
     with running(data, "killed") as (process, folder):
@@ -174,6 +180,7 @@ def test_a_killed_process_ends_the_others_with_a_message(data: Path) -> None:
     assert folder.read_checkpoint()["updates"] == steps[-1], "the main process saved its last update"
 
 
+@pytest.mark.full
 def test_sigterm_saves_and_another_number_of_processes_goes_on(data: Path) -> None:
     """SIGTERM of the launcher: saved after a whole update. One process resumes it with batches of the same pictures."""
     with running(data, "ended") as (process, folder):
@@ -182,24 +189,34 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(data: Path) -> No
     assert re.search(r"interrupted after step \d+; saved", said), said
     step = folder.read_checkpoint()["updates"]
     assert [row["step"] for row in folder.read_history() if row["type"] == "step"][-1] == step
+    assert goes_on_alone(folder) == step + 1
+
+
+def goes_on_alone(folder: RunFolder) -> int:
+    """The next update of a run of two processes, by one: with batches of the same pictures."""
     trainer = st.Trainer.resume(folder.path)
     assert (trainer.processes.count, trainer.config.run.num_processes, trainer.config.data.train_batch_size) == (1, 1, 8)
     assert "processes was 2 and is 1" in str(trainer.certificate)
+    step = trainer.steps_done
     assert trainer.step().step == step + 1
+    return step + 1
 
 
-def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
-    """Started, watched, changed, paused and stopped like a run in the kernel; all of it stands in the run's own history."""
-    config = st.presets.playground(**settings(data, output_dir=str(data / "runs" / "launched"), max_train_steps=5000))
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_panel_follows_and_steers_other_processes(data: Path, count: int) -> None:
+    """Started, watched, changed, paused and stopped like a run in the kernel; all of it stands in the run's own history, and one
+    process goes on with it.
+    """
+    config = st.presets.playground(**settings(data, output_dir=str(data / "runs" / f"launched{count}"), max_train_steps=5000))
     cache = st.CacheBuilder(st.plan(st.discover(data / "datasets.yaml"), config), st.encoders(config)).build()
-    panel = panels.TrainingPanel(config, cache, make=panels.in_processes(data / "datasets.yaml", 2))
+    panel = panels.TrainingPanel(config, cache, make=panels.in_processes(data / "datasets.yaml", count))
     panel.start()
     panel.wait(240, until=4)
     panel.runner.send("set", learning_rate=2e-4)
     panel.wait(60, until=lambda now: now.learning_rate == 2e-4)
     panel.press("pause")
     panel.wait(60, until="paused")
-    folder, patience = RunFolder(data / "runs" / "launched"), time.monotonic() + 60
+    folder, patience = RunFolder(data / "runs" / f"launched{count}"), time.monotonic() + 60
     while '"pause"' not in folder.history.read_text() and time.monotonic() < patience:
         time.sleep(0.1)
     panel.press("go_on")
@@ -210,7 +227,9 @@ def test_a_panel_follows_and_steers_two_processes(data: Path) -> None:
     commands = [(row["name"], row["refused"]) for row in history if row["type"] == "command"]
     assert [row for row in commands if row[0] != "save"] == [("set", ""), ("pause", ""), ("go_on", ""), ("stop", "")]
     assert folder.read_checkpoint()["updates"] == [row["step"] for row in history if row["type"] == "step"][-1]
-    assert st.RunConfig.load(folder.config).run.num_processes == 2
+    assert st.RunConfig.load(folder.config).run.num_processes == count
+    if count == 2:
+        goes_on_alone(folder)
 
 
 def test_settings_by_a_file_are_taken_or_refused_in_words(bench: Workbench) -> None:

@@ -39,8 +39,11 @@ torch.save(([tensor.clone() for tensor in tensors_of(model)], out.detach()), cac
 """
 
 
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "no_change"])
+QUICK = [("nf4-bnb", "bf16")]
+REST = [(p, mixed) for p in PRECISIONS if p != "no_change" for mixed in ("no", "bf16") if (p, mixed) not in QUICK]
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [*QUICK, *(pytest.param(*row, marks=pytest.mark.full) for row in REST)])
 def test_what_is_read_is_what_was_made(tmp_path: Path, precision: str, mixed: str) -> None:
     """Every tensor's bits, and a forward and backward pass in a new process that may not quantise."""
     config = st.presets.playground(base_model_precision=precision, cache_dir=str(tmp_path), mixed_precision=mixed)

@@ -154,7 +154,9 @@ TOLERANCE = {"lokr-dora": 1e-10}
 """Lengths of rows divided and multiplied again: a zero adapter is the base but for rounding, so its loss is too (3e-13 here)."""
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("lora-dropout", "nf4-dora", "lokr") else pytest.mark.full) for kind in ADAPTERS]
+)
 def test_the_prior_is_the_base_with_every_adapter(bench: Workbench, tmp_path: Path, kind: str) -> None:
     """At zero its loss is 0 and has no gradient; after updates the prior is still the base, bit for bit; gradients reach the adapter."""
     datasets(bench, tmp_path)
@@ -195,13 +197,13 @@ def test_a_run_with_regularisation(bench: Workbench, tmp_path: Path) -> None:
     assert "stays     class: 4 pictures whose target is the base model's own prediction, weight 0.5" in str(run.manifest)
     assert "class: regularisation; the target is what the base model predicts" in str(run.cache.plan)
     records = []
-    for n in range(12):
-        if n == 6:
+    for n in range(8):
+        if n == 4:
             run.checkpoint()
             run = st.Trainer.resume(run.folder.path)
         records.append(run.step())
     whole = trainer(bench, tmp_path, regularisation_weight=0.5)
-    assert [whole.step().losses for _ in range(12)] == [record.losses for record in records]
+    assert [whole.step().losses for _ in range(8)] == [record.losses for record in records]
     kinds = {(r.loss is None, r.regularisation_loss is None) for r in records}
     assert kinds == {(True, False), (False, True)}
     assert max(r.regularisation_loss for r in records if r.regularisation_loss is not None) > 0

@@ -204,17 +204,18 @@ def test_an_evaluation_measures_training_pictures_and_the_distance_from_the_base
     assert evaluation_loss(model, cache, sigmas=levels, device=cpu, step=9, prior=base).train_losses_by_image == found.train_losses_by_image
 
 
-def test_a_run_on_two_pictures_over_fits(bench: Workbench, tmp_path: Path) -> None:
-    """Forty updates at a high rate on two pictures: the held-out loss rises in the end, and the verdict is over-fitting."""
+@pytest.mark.parametrize(("updates", "every", "rate", "warmup"), [(9, 3, 8e-3, 0), pytest.param(40, 20, 3e-3, 5, marks=pytest.mark.full)])
+def test_a_run_on_two_pictures_over_fits(bench: Workbench, tmp_path: Path, updates: int, every: int, rate: float, warmup: int) -> None:
+    """Some updates at a high rate on two pictures: the held-out loss rises in the end, and the verdict is over-fitting."""
     datasets = write_datasets(tmp_path, train=2, heldout=4)
-    settings: dict[str, Any] = {"lr_scheduler": "constant", "learning_rate": 3e-3, "eval_steps_interval": 20, "eval_timesteps": 4}
-    config = bench.config(validation_prompt=(), max_train_steps=40, **settings)
+    settings: dict[str, Any] = {"lr_scheduler": "constant", "learning_rate": rate, "eval_steps_interval": every, "eval_timesteps": 4}
+    config = bench.config(validation_prompt=(), max_train_steps=updates, lr_warmup_steps=warmup, **settings)
     trainer = st.Trainer(config, st.CacheBuilder(st.plan(st.discover(datasets), config), st.encoders(config)).build())
     found = [record for record in trainer.run() if isinstance(record, EvalRecord)]
     assert found[0].verdict == ""
     assert found[-1].loss > 1.03 * min(record.loss for record in found)
-    assert found[-1].verdict.startswith("over-fitting: since step 20, held-out pictures up (")
-    assert "the adapter of step 20 is the best so far" in found[-1].verdict
+    assert found[-1].verdict.startswith(f"over-fitting: since step {every}, held-out pictures up (")
+    assert f"the adapter of step {every} is the best so far" in found[-1].verdict
     rows = [row for row in trainer.folder.read_history() if row["type"] == "eval"]
     assert [row["verdict"] for row in rows] == [record.verdict for record in found]
     assert found[-1].verdict in trainer.folder.log.read_text()

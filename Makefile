@@ -33,17 +33,36 @@ demo: $(READY)
 
 # Two tests at a time, each with one thread: a test that waits leaves its core to the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" tests
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/panel.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --ignore=tests/browser tests
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/04_the_panel.ipynb
 
 # Two at a time where pytest-xdist is installed. The first one encodes what all of them share, so that they do not do it twice.
 notebooks: $(READY)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks/01_first_lora.ipynb
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 $$($(BIN)/python -c 'import xdist' 2>/dev/null && printf %s '-n 2') \
-		--ignore=notebooks/quickstart.ipynb --ignore=notebooks/panel.ipynb --ignore=notebooks/01_first_lora.ipynb notebooks
+		--ignore=notebooks/quickstart.ipynb --ignore=notebooks/04_the_panel.ipynb --ignore=notebooks/01_first_lora.ipynb notebooks
+
+# The panels as Colab has them: its ipywidgets and an older kernel, beside everything else of the first environment.
+COMPAT := .venv-compat
+$(COMPAT)/ready: $(READY)
+	$(BIN)/python -m venv --clear $(COMPAT)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$$($(COMPAT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ipywidgets==7.7.1 ipython_genutils 'ipykernel>=6.29,<7'
+	@touch $@
+
+test-compat: $(COMPAT)/ready
+	$(COMPAT)/bin/python -c 'import ipykernel, ipywidgets; print("ipywidgets", ipywidgets.__version__, "ipykernel", ipykernel.__version__); assert ipywidgets.__version__ == "7.7.1" and ipykernel.__version__ < "7"'
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m pytest tests/test_forms.py tests/test_panel.py tests/test_red.py
+	PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m pytest --nbmake --nbmake-timeout=300 notebooks/04_the_panel.ipynb notebooks/01_first_lora.ipynb notebooks/08_when_it_goes_wrong.ipynb
+
+test-browser: $(READY)
+	@test -x /usr/bin/chromium || { test "$$(id -u)" = 0 && apt-get install --yes --quiet chromium > /dev/null; } || true
+	@if test -x /usr/bin/chromium; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt '.[browser]' && $(BIN)/python -m pytest tests/browser; \
+	else echo "SKIPPED: there is no /usr/bin/chromium, and it could not be installed"; fi
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -m full tests
+	$(BIN)/python -m pytest -m full --ignore=tests/browser tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,4 +74,4 @@ lab: $(READY)
 	$(BIN)/jupyter lab notebooks
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(COMPAT) .pytest_cache .mypy_cache .ruff_cache

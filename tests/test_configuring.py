@@ -461,7 +461,7 @@ def test_no_file_of_answers_is_an_accident(
     for turn in range(8):
         chosen = chance.sample(names, chance.randint(1, 3))
         rows = [f"{name}: {chance.choice(NASTY)(chance)}" for name in chosen]
-        where = chance.choice([str(bench.datasets.parent / "train")] * 9 + ["[a]", "'\\x00'", "/", "''"])
+        where = chance.choice([str(bench.datasets.parent / "train")] * 9 + ["[a]", "'\\x00'", "pictures", "''"])
         (home / "answers.yaml").write_text(
             "\n".join([f"instance_data_dir: {where}", "model: playground", *rows]) + chance.choice(["\n"] * 9 + ["\n]: {"])
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sd3tune.data.captions import from_filename
 from sd3tune.data.catalog import discover
-from sd3tune.errors import ConfigError
+from sd3tune.errors import ConfigError, DataError
 
 TABLES = (".jsonl", ".csv", ".parquet")
 """Endings of files that may hold captions."""
@@ -69,7 +69,10 @@ def look(place: str) -> Pictures:
     if Path(place).suffix.lower() in (".yaml", ".yml"):
         raise ConfigError([f"{place}: is a file of data sets already; look at it with: sd3tune plan --data {place}"], "configure")
     home = str(Path(place).expanduser()) if "://" not in place else place
-    found = discover(home)
+    try:
+        found = discover(home)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{place}: cannot be read ({error})") from None
     lacking = set(found.missing_captions)
     captions = dict.fromkeys(item.caption for item in found.items if item.path not in lacking)
     paths = [item.path for item in found.items]

@@ -18,7 +18,7 @@ from sd3tune.configuring.questions import Question
 from sd3tune.configuring.writing import Files, files_of
 from sd3tune.data.datasets import Dataset
 from sd3tune.data.wording import number
-from sd3tune.errors import ConfigError
+from sd3tune.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Wizard:
         given = question.read(value)
         made = replace(self, answers={**self.answers, question.name: given})
         if question.name == "instance_data_dir":
-            made = replace(made, pictures=look(given))
+            try:
+                made = replace(made, pictures=look(given))
+            except DataError as error:
+                raise ConfigError([str(error)], "configure") from None
         made.config, made.dataset  # noqa: B018 (what contradicts the answers before is refused here)
         return made
 

@@ -192,4 +192,4 @@ def test_quickstart_is_the_demo_and_make_runs_the_others() -> None:
     recipe = make.partition("\nnotebooks: ")[2].partition("\n\n")[0]
     assert "--nbmake" in recipe
     assert all(f"--ignore=notebooks/{name}.ipynb" in recipe for name in APART)
-    assert len(BOOKS) == 13
+    assert len(BOOKS) == 14

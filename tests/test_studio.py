@@ -403,3 +403,38 @@ def test_a_panel_says_its_code_and_what_differs(bench: Workbench) -> None:
     assert panel.diff().startswith("lora_rank: ")
     assert "st.discover('pictures.yaml')" in panel.code()
     assert codes.config_code(panel.config) in panel.code()
+
+
+def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_button(bench: Workbench, tmp_path: Path) -> None:
+    from sd3tune.configuring import Machine, Wizard
+    from sd3tune.panels import configure
+
+    panel = configure(tmp_path, Machine(memory_bytes=16e9))
+    panel.answer(str(tmp_path / "nowhere"))
+    assert 'role="alert"' in panel.note.value
+    assert panel.wizard.answers == {}
+    panel.answer(str(bench.datasets.parent / "train"))
+    assert "12" in panel.found.value  # pictures found
+    asked = 1
+    while panel.wizard.question is not None:
+        question = panel.wizard.question
+        assert question.asks.split()[0] in panel.asks.value
+        if question.name == "model":
+            panel.answer("playground")
+        elif question.default is None:
+            panel.answer("a picture")
+        else:
+            panel.default()
+        asked += 1
+        assert len(panel.wizard.answers) == asked, (question, panel.note.value)
+    panel.go_back()
+    assert len(panel.wizard.answers) == asked - 1
+    panel.default()
+    assert not list(tmp_path.glob("*.yaml"))
+    panel.save()
+    made = {path.name for path in tmp_path.glob("*.yaml")}
+    assert made == {"run.yaml", "datasets.yaml"}
+    assert st.plan(st.discover(tmp_path / "datasets.yaml"), st.RunConfig.load(tmp_path / "run.yaml")).train
+    panel.save()
+    assert len(list(tmp_path.glob("run*.yaml"))) == 2  # beside the first, under another name
+    assert isinstance(panel.wizard, Wizard)

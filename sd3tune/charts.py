@@ -126,14 +126,14 @@ def svg(figure: Any, says: str) -> str:
     head = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', text)
     assert head is not None
     body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", text[head.end() :], flags=re.DOTALL)  # a style would be the page's
-    body = body.replace("#000000", "currentColor")
+    body = body.replace("#000000", "currentColor").replace("xlink:href", "href")
     body = re.sub(r">\s+<", "><", body).strip()
     numbers = {name: f"n{k}" for k, name in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', body)))}  # theirs are drawn at random
     plain = re.sub(r'(\bid="|"#|url\(#)([^")]+)', lambda found: found[1] + numbers[found[2]], body)
     own = f"c{digest(plain)[:8]}-"
     body = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{own}", plain)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{head.group(1)}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{head.group(1)}" role="img" '
         f'aria-label="{escape(says)}" fill="currentColor" stroke-linejoin="round" style="width:100%;height:auto;display:block">{body}'
     )
 

@@ -50,7 +50,9 @@ class Reader(HTMLParser):
             self.rows.append([])
         if tag == "td":
             self.rows[-1].append("")
-        self.fetched += [given[name] for name in ("src", "href", "action", "data") if name in given and not given[name].startswith("data:")]
+        self.fetched += [
+            given[name] for name in ("src", "href", "action", "data") if name in given and not given[name].startswith(("data:", "#"))
+        ]
         assert not [name for name in given if name.startswith("on")], "no scripts"
         assert tag not in ("script", "link", "iframe", "object")
 

@@ -23,7 +23,7 @@ CELLS = (
 from sd3tune import panels
 
 config = st.presets.playground(
-    max_train_steps=400, lr_warmup_steps=5, train_batch_size=2, validation_prompt=("croissant", "lock"), validation_num_inference_steps=4,
+    max_train_steps=20000, lr_warmup_steps=5, train_batch_size=2, validation_prompt=("croissant", "lock"), validation_num_inference_steps=4,
     eval_timesteps=2, num_eval_images=4, output_dir="runs/browser", cache_dir="cache",
 )
 data = {str(ROOT / "datasets.yaml")!r}""",

@@ -31,10 +31,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python notebooks/run_quickstart.py
 
-# Two tests at a time, each with one thread: a test that waits leaves its core to the other.
+# Two files at a time, the notebooks first because they are the longest, with one thread each.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not full" --ignore=tests/browser tests
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/04_the_panel.ipynb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full" --ignore=tests/browser \
+		--nbmake --nbmake-timeout=900 notebooks/quickstart.ipynb notebooks/04_the_panel.ipynb tests
 
 # Two at a time where pytest-xdist is installed. The first one encodes what all of them share, so that they do not do it twice.
 notebooks: $(READY)

@@ -104,21 +104,23 @@ def test_a_build_stops_before_anything_is_loaded(bench: Workbench, tmp_path: Pat
         components.load_transformer(config, CPU)
 
 
-def test_each_part_is_measured_before_it_is_loaded(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["no_change", pytest.param("int8-quanto", marks=pytest.mark.full), "nf4-bnb"])
+def test_each_part_is_measured_before_it_is_loaded(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
     """What is asked for is what is then held, for every encoder and for the transformer, plain and in fewer bits."""
     asked: dict[str, float] = {}
     monkeypatch.setattr(room, "require", lambda part, need, **_: asked.update({part: need}))
-    for precision in ("no_change", "int8-quanto", "nf4-bnb"):
-        config = bench.config(cache_dir=str(tmp_path / precision), base_model_precision=precision, text_encoder_3_precision=precision)
-        held = bytes_of(components.load_transformer(config, CPU))
-        assert asked["transformer"] == pytest.approx(held, rel=0.01)
-        with st.encoders(config).load() as loaded:
-            for number, part in enumerate(loaded.text_parts):
-                loaded.encode_part(part, ["lock"])
-                name = "text_encoder" + ("", "_2", "_3")[number]
-                assert asked[name] == pytest.approx(bytes_of(loaded._held[1]), rel=0.01), (precision, name)
-            loaded.encode_images([Image.new("RGB", (64, 64))])
-            assert asked["vae"] == pytest.approx(bytes_of(loaded._held), rel=0.01)
+    config = bench.config(cache_dir=str(tmp_path / precision), base_model_precision=precision, text_encoder_3_precision=precision)
+    held = bytes_of(components.load_transformer(config, CPU))
+    assert asked["transformer"] == pytest.approx(held, rel=0.01)
+    with st.encoders(config).load() as loaded:
+        for number, part in enumerate(loaded.text_parts):
+            loaded.encode_part(part, ["lock"])
+            name = "text_encoder" + ("", "_2", "_3")[number]
+            assert asked[name] == pytest.approx(bytes_of(loaded._held[1]), rel=0.01), name
+        loaded.encode_images([Image.new("RGB", (64, 64))])
+        assert asked["vae"] == pytest.approx(bytes_of(loaded._held), rel=0.01)
 
 
 def test_tied_tensors_count_once() -> None:

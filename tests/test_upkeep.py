@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ from sd3tune.cli import main
 from sd3tune.errors import CacheError
 
 
+@pytest.fixture(scope="module")
+def built(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built cache of 16 pictures; not to be changed."""
+    folder = tmp_path_factory.mktemp("built") / "cache"
+    bench.cache(bench.config(cache_dir=str(folder)))
+    return folder
+
+
 @pytest.fixture
-def folder(bench: Workbench, tmp_path: Path) -> Path:
-    """A built cache of 16 pictures, and a datasets.yaml beside it."""
-    config = bench.config(cache_dir=str(tmp_path / "cache"))
-    bench.cache(config)
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A folder with a copy of it."""
+    shutil.copytree(built, tmp_path / "cache")
     return tmp_path
 
 

@@ -45,7 +45,7 @@ notebooks: $(READY)
 # The panels as Colab has them: its ipywidgets and an older kernel, beside everything else of the first environment.
 COMPAT := .venv-compat
 $(COMPAT)/ready: $(READY)
-	$(BIN)/python -m venv --clear $(COMPAT)
+	$(BIN)/python -m venv --clear --system-site-packages $(COMPAT)
 	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$$($(COMPAT)/bin/python -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ipywidgets==7.7.1 ipython_genutils 'ipykernel>=6.29,<7'
 	@touch $@
@@ -58,7 +58,7 @@ test-compat: $(COMPAT)/ready
 test-browser: $(READY)
 	@test -x /usr/bin/chromium || { test "$$(id -u)" = 0 && apt-get install --yes --quiet chromium > /dev/null; } || true
 	@if test -x /usr/bin/chromium; then \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt '.[browser]' && $(BIN)/python -m pytest tests/browser; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/constraints.txt playwright && $(BIN)/python -m pytest tests/browser; \
 	else echo "SKIPPED: there is no /usr/bin/chromium, and it could not be installed"; fi
 
 test-full: $(READY)

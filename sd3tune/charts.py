@@ -88,8 +88,8 @@ def _figure(height: float, count: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height))
-    edges = {"left": 0.5 / WIDTH, "right": 1 - 0.1 / WIDTH, "top": 1 - 0.3 / height, "bottom": 0.25 / height}
-    return figure, list(figure.subplots(1, count, squeeze=False, gridspec_kw={**edges, "wspace": 0.3})[0])
+    edges = {"left": 0.5 / WIDTH, "right": 1 - 0.2 / WIDTH, "top": 1 - 0.3 / height, "bottom": 0.25 / height}
+    return figure, list(figure.subplots(1, count, squeeze=False, gridspec_kw={**edges, "wspace": 0.35})[0])
 
 
 def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], *, faint: bool = True) -> None:
@@ -102,18 +102,20 @@ def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], 
             axes.fill_between(steps, low, high, color="#000000", alpha=0.25, linewidth=0, label="lowest to highest")
     if steps:
         axes.plot(steps, [s.smooth for s in curve.stretches], color=ACCENT, linewidth=1.8, label="smoothed")
-    _dress(axes, name, total, marks)
+    _dress(axes, name, total, marks, told=faint)
 
 
-def _dress(axes: Any, name: str, total: int, marks: Sequence[int]) -> None:
+def _dress(axes: Any, name: str, total: int, marks: Sequence[int], *, told: bool = False) -> None:
     for place, step in enumerate(sorted(set(marks))):
-        axes.axvline(step, color="#000000", alpha=0.6, linewidth=0.9, dashes=(3, 3), label="" if place else "you changed a setting")
-    if total:
-        axes.set_xlim(0, total)
+        label = "you changed a setting" if told and not place else ""
+        axes.axvline(step, color="#000000", alpha=0.6, linewidth=0.9, dashes=(3, 3), label=label)
+    if total and axes.lines:
+        axes.set_xlim(0, min(total, 1.25 * max(axes.dataLim.x1, 1)))  # a long run begins at the left edge otherwise
     axes.set_title(name, fontsize=9, loc="right")
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
     axes.yaxis.get_major_locator().set_params(nbins=4)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y", alpha=0.15, color="#000000")
     axes.spines[["top", "right"]].set_visible(False)
 

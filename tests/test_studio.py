@@ -149,13 +149,14 @@ def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(stud
     studio.refresh()
     view, folder = studio.pictures, RunFolder(Path(studio.runner.snapshot.folder))
     step = studio.runner.snapshot.step
-    assert view.step.options[0][1] == 0
-    view.step.value = step
+    assert view.steps[0] == 0
+    view.go(step)
     assert f"Step {step}: 2 pictures of the LoRA: lock, rooster." in view.said.value
     whole = view.image.value
-    view.step.value = 0
+    view.go(0)
     assert view.image.value != whole
-    view.step.value, view.which.value = step, 0
+    view.go(step)
+    view.which.value = 0
     ours = Image.open(shown_at(folder, step)[0].path).convert("RGB")
     base = Image.open(folder.images(0) / "00.png").convert("RGB")
     for share, wanted in ((100, ours), (0, base)):
@@ -171,7 +172,7 @@ def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(stud
 def test_the_report_of_a_run_needs_no_kernel_and_stays_small(studio: Studio) -> None:
     html = record.report(studio.runner.snapshot, studio.code(), studio.diff())
     assert len(html) < 300_000
-    assert html.count('type="radio"') == len(studio.pictures.step.options)
+    assert html.count('type="radio"') == len(studio.pictures.steps)
     assert "<script" not in html
     assert html.count(" checked") == 1
     assert "max_grad_norm: 1.0 -&gt; 0.5" in html

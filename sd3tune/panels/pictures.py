@@ -28,9 +28,10 @@ class PicturesView:
         self._folder: RunFolder | None = None
         self._made: dict[tuple[int, int, int], bytes] = {}
         narrow = {"width": "min(300px, 98%)"}
-        self.step: Any = tip(
-            widgets.Dropdown(options=[("none", -1)], description="Step", layout=narrow),
-            "which step's pictures; arrow keys go through them",
+        self.steps: list[int] = []
+        self.number: Any = tip(
+            widgets.BoundedIntText(value=1, min=1, max=1, description="Drawing no.", layout=narrow),
+            "which of the drawings, from the first step to the newest; arrow keys go through them",
         )
         self.which: Any = widgets.Dropdown(options=[(ALL, -1)], description="Picture", layout=narrow)
         self.wipe: Any = tip(
@@ -40,32 +41,40 @@ class PicturesView:
         self.said = widgets.HTML()
         self.image: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start"))
         self.widget: Any = widgets.VBox(
-            [row(self.step, self.which, self.wipe), self.said, self.image], layout=widgets.Layout(width="100%", display="none")
+            [row(self.number, self.which, self.wipe), self.said, self.image], layout=widgets.Layout(width="100%", display="none")
         )
-        for one in (self.step, self.which, self.wipe):
+        for one in (self.number, self.which, self.wipe):
             one.observe(lambda _: self.show(), "value")
 
-    def look(self, folder: Path | str, *, newest: bool = True) -> None:
+    @property
+    def step(self) -> int:
+        """Whose pictures are shown; -1 while there are none."""
+        return self.steps[self.number.value - 1] if self.steps else -1
+
+    def go(self, step: int) -> None:
+        """Show another step's pictures."""
+        self.number.value = self.steps.index(step) + 1
+
+    def look(self, folder: Path | str) -> None:
         """Take in what was drawn since; go to the newest step unless a person looks at another."""
         self._folder = RunFolder(Path(folder))
         steps = [step_of(at) for at in picture_folders(self._folder)]
         if not steps:
             return
-        at_end = self.step.value in (-1, self.step.options[-1][1])
-        wanted = steps[-1] if newest and at_end else self.step.value
+        newest = not self.steps or self.number.value == len(self.steps)
         self._made = {key: data for key, data in self._made.items() if key[0] != steps[-1]}
-        if [value for _, value in self.step.options] != steps:
-            self.step.options = [(str(step), step) for step in steps]
-        if self.step.value != wanted:
-            self.step.value = wanted
+        self.steps = steps
+        self.number.max = len(steps)
+        if newest:
+            self.number.value = len(steps)
         visible(self.widget, True)
         self.show()
 
     def show(self) -> None:
         """Bring picture and sentence up to date."""
-        if self._folder is None or self.step.value < 0:
+        if self._folder is None or self.step < 0:
             return
-        pictures = shown_at(self._folder, self.step.value)
+        pictures = shown_at(self._folder, self.step)
         names = [(ALL, -1), *((title(one.shot, [p.shot for p in pictures]) or "no prompt", k) for k, one in enumerate(pictures))]
         if list(self.which.options) != names:
             chosen = self.which.value
@@ -74,12 +83,12 @@ class PicturesView:
                 self.which.value = chosen
         alone = self.which.value is not None and self.which.value >= 0
         visible(self.wipe, alone)
-        put(self.said, sentence(in_words(self._folder, self.step.value, pictures)))
-        key = (self.step.value, self.which.value if alone else -1, self.wipe.value if alone else 0)
+        put(self.said, sentence(in_words(self._folder, self.step, pictures)))
+        key = (self.step, self.which.value if alone else -1, self.wipe.value if alone else 0)
         if key not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
-            self._made[key] = self._one(pictures[key[1]]) if alone else jpeg(grid_at(self._folder, self.step.value).image())
+            self._made[key] = self._one(pictures[key[1]]) if alone else jpeg(grid_at(self._folder, self.step).image())
         put(self.image, self._made[key])
 
     def _one(self, found: Found) -> bytes:

@@ -51,7 +51,8 @@ def scrubber(path: Path) -> str:
         source = f"data:image/jpeg;base64,{b64encode(data).decode()}"
         frames += f'<img class="{name}" style="display:none;max-width:100%" alt="{alt(folder, step)}" src="{source}">'
         rules += f"#{name}:checked~div img.{name}{{display:block!important}}"
-    return f'<div role="radiogroup" aria-label="step"><style>{rules}</style>{radios}<div>{frames}</div></div>'
+    keys = 'data-lm-suppress-shortcuts="true"'  # JupyterLab would take the arrow keys for itself
+    return f'<div role="radiogroup" aria-label="step" {keys}><style>{rules}</style>{radios}<div>{frames}</div></div>'
 
 
 def chosen(steps: Sequence[int]) -> list[int]:

@@ -58,9 +58,13 @@ class RunPanel(Panel):
         self._cache, self._make_trainer, self._data = cache, make or make_trainer, data
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self.buttons = {name: button(said, lambda name=name: self.press(name), about) for name, (said, _, about) in BUTTONS.items()}  # type: ignore[misc]
-        self.checkpoint: Any = tip(widgets.Dropdown(options=[("no checkpoint", -1)], layout={"width": "150px"}), "to rewind to")
+        self.checkpoint: Any = tip(
+            widgets.Dropdown(options=[("no checkpoint", -1)], layout={"width": "150px", "max_width": "98%"}), "to rewind to"
+        )
         self.price: Any = tip(
-            widgets.FloatText(value=0, description="Price per hour", style={"description_width": "100px"}, layout={"width": "190px"}),
+            widgets.FloatText(
+                value=0, description="Price per hour", style={"description_width": "100px"}, layout={"width": "190px", "max_width": "98%"}
+            ),
             "what an hour of this machine costs, to show what is still to pay",
         )
         self.status, self.words, self.changed, self.previews, self.log = (widgets.HTML() for _ in range(5))

@@ -94,8 +94,8 @@ class Lab:
         self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=PATIENCE)
 
     def do(self, command: str, **given: object) -> None:
-        """One of JupyterLab's commands."""
-        self.page.evaluate("([name, given]) => window.jupyterapp.commands.execute(name, given)", [command, given])
+        """Begin one of JupyterLab's commands; running a cell would last as long as the cell."""
+        self.page.evaluate("([name, given]) => { window.jupyterapp.commands.execute(name, given); }", [command, given])
 
     def select(self, cell: int) -> None:
         """Make a cell the active one."""

@@ -34,6 +34,11 @@ data = {str(ROOT / "datasets.yaml")!r}""",
     "studio = panels.Studio(config, data=data)\nstudio.data.look()\nstudio",
 )
 
+TOO_WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(out => [...out.querySelectorAll('*')].filter(
+  one => one.clientWidth && one.getBoundingClientRect().right > out.getBoundingClientRect().right + 2
+).map(one => one.outerHTML.slice(0, 120)))"""
+"""What sticks out of its output to the right."""
+
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not there: apt-get install chromium")
 
 
@@ -85,6 +90,13 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     lab.output(2).get_by_text("42").wait_for(timeout=PATIENCE)
     lab.press("Sample now")
     page.locator("div[role=status]", has_text=re.compile("pictures of the LoRA: croissant, lock")).last.wait_for(timeout=PATIENCE)
+    steps = page.get_by_label("Drawing no.", exact=True).last
+    newest = steps.input_value()
+    steps.focus()
+    page.keyboard.press("ArrowDown")
+    page.locator("div[role=status]", has_text=re.compile("^Step 0: 2 pictures of the base model alone")).last.wait_for(timeout=PATIENCE)
+    assert steps.input_value() != newest
+    page.keyboard.press("ArrowUp")
     lab.press("Go on")
     stood = int(re.search(r"step (\d+)", lab.until(r"^training · step"))[1])  # type: ignore[index]
 
@@ -119,6 +131,7 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     page.wait_for_timeout(2000)
     shoot(lab, "dark")
     lab.do("apputils:change-theme", theme="JupyterLab Light")
+    lab.do("application:toggle-left-area")
     page.set_viewport_size({"width": 520, "height": 1400})
     page.wait_for_timeout(1500)
     shoot(lab, "narrow")
@@ -127,6 +140,7 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     )
     assert wide == 0, f"{wide} outputs are wider than a page of 520 px"
     page.set_viewport_size({"width": 1280, "height": 1400})
+    lab.do("application:toggle-left-area")
 
     lab.press("Stop and save")
     lab.output(1).get_by_text("The code that does this again").wait_for(timeout=PATIENCE)

@@ -30,12 +30,12 @@ class PicturesView:
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
         self.number: Any = tip(
-            widgets.BoundedIntText(value=1, min=1, max=1, description="Drawing no.", layout=narrow),
+            widgets.BoundedIntText(value=1, min=1, max=1, description="Drawing no.", continuous_update=True, layout=narrow),
             "which of the drawings, from the first step to the newest; arrow keys go through them",
         )
         self.which: Any = widgets.Dropdown(options=[(ALL, -1)], description="Picture", layout=narrow)
         self.wipe: Any = tip(
-            widgets.BoundedIntText(value=50, min=0, max=100, step=10, description="Wipe, %", layout=narrow),
+            widgets.BoundedIntText(value=50, min=0, max=100, step=10, description="Wipe, %", continuous_update=True, layout=narrow),
             "how much of the picture is the adapter's, from the left; the rest is the base model's; arrow keys move the edge",
         )
         self.said = widgets.HTML()

@@ -36,7 +36,10 @@ def _folded(name: str, text: str) -> str:
 
 
 def scrubber(path: Path) -> str:
-    """The grids of a run folder behind radio buttons: arrow keys go through the steps, without a kernel and without scripts."""
+    """The grids of a run folder behind radio buttons, without a kernel and without scripts.
+
+    Arrow keys go through them, but in JupyterLab, which takes these keys for its cells; there they are clicked.
+    """
     folder = RunFolder(path)
     steps = chosen([step_of(at) for at in picture_folders(folder)])
     if not steps:
@@ -51,8 +54,7 @@ def scrubber(path: Path) -> str:
         source = f"data:image/jpeg;base64,{b64encode(data).decode()}"
         frames += f'<img class="{name}" style="display:none;max-width:100%" alt="{alt(folder, step)}" src="{source}">'
         rules += f"#{name}:checked~div img.{name}{{display:block!important}}"
-    keys = 'data-lm-suppress-shortcuts="true"'  # JupyterLab would take the arrow keys for itself
-    return f'<div role="radiogroup" aria-label="step" {keys}><style>{rules}</style>{radios}<div>{frames}</div></div>'
+    return f'<div role="radiogroup" aria-label="step"><style>{rules}</style>{radios}<div>{frames}</div></div>'
 
 
 def chosen(steps: Sequence[int]) -> list[int]:

@@ -92,7 +92,7 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     page.locator("div[role=status]", has_text=re.compile("pictures of the LoRA: croissant, lock")).last.wait_for(timeout=PATIENCE)
     steps = page.get_by_label("Drawing no.", exact=True).last
     newest = steps.input_value()
-    steps.focus()
+    steps.click()
     page.keyboard.press("ArrowDown")
     page.locator("div[role=status]", has_text=re.compile("^Step 0: 2 pictures of the base model alone")).last.wait_for(timeout=PATIENCE)
     assert steps.input_value() != newest

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sd3tune.cache import Cache
     from sd3tune.config import RunConfig
     from sd3tune.panels.draft import Draft
+    from sd3tune.snapshot import Snapshot
     from sd3tune.trainer import Trainer
 
 
@@ -43,6 +44,8 @@ class Studio(RunPanel):
         self.fields: dict[str, Any] = {**self.model.fields, **self.learning.fields, **self.drawing.fields}
         self.tabs: Any = tabs(parts)
         self.widget = widgets.VBox([self.tabs, self.widget], layout=widgets.Layout(width="100%", max_width="1100px"))
+        self._shown = ""
+        self.watchers.append(self._export)
         self.data.source.observe(lambda change: self._from(change["new"]), "value")
 
     def press(self, name: str) -> None:
@@ -57,7 +60,7 @@ class Studio(RunPanel):
         """Train on other data from the next run on."""
         self._data, self._cache = data, None
 
-    def look_at_run(self) -> None:
-        """Let the export panel begin with the run that is shown."""
-        if self.runner.snapshot.folder:
-            self.export.source.value = self.runner.snapshot.folder
+    def _export(self, now: Snapshot) -> None:
+        """The export begins with the run that is shown, until a person names another."""
+        if now.folder and now.folder != self._shown:
+            self._shown = self.export.source.value = now.folder

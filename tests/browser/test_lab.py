@@ -92,11 +92,12 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     page.locator("div[role=status]", has_text=re.compile("pictures of the LoRA: croissant, lock")).last.wait_for(timeout=PATIENCE)
     steps = page.get_by_label("Drawing no.", exact=True).last
     newest = steps.input_value()
+    lab.select(1)
     steps.click()
-    page.keyboard.press("ArrowDown")
+    steps.press("ArrowDown")
     page.locator("div[role=status]", has_text=re.compile("^Step 0: 2 pictures of the base model alone")).last.wait_for(timeout=PATIENCE)
     assert steps.input_value() != newest
-    page.keyboard.press("ArrowUp")
+    steps.press("ArrowUp")
     lab.press("Go on")
     stood = int(re.search(r"step (\d+)", lab.until(r"^training · step"))[1])  # type: ignore[index]
 

@@ -462,11 +462,10 @@ def test_skip_leaves_the_batch_out_for_good_and_replays(bench: Workbench) -> Non
     assert list(st.replay(trainer.folder.path))[-1].text == "replayed 8 updates: the adapter is the same, bit for bit"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("total", [12, pytest.param(40, marks=pytest.mark.full)])
-def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench, total: int) -> None:
+def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench) -> None:
     """A learning rate of 1: caught within 3 updates each time, halved until the run ends finite and better than the base."""
     trainer = bench.trainer(
-        validation_prompt=(), max_train_steps=total, guard_policy="rollback", guard_rollbacks=12, learning_rate=1.0, lr_scheduler="cosine",
+        validation_prompt=(), max_train_steps=40, guard_policy="rollback", guard_rollbacks=12, learning_rate=1.0, lr_scheduler="cosine",
         num_eval_images=4, lr_warmup_steps=0,
     )  # fmt: skip
     start = trainer.state_dict()
@@ -480,7 +479,7 @@ def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench, 
     losses = {r.step: r.loss for r in seen if r.type == "eval"}  # type: ignore[attr-defined]
     rates = [r.value["learning_rate"] for r in seen if r.type == "command" and r.name == "set"]  # type: ignore[attr-defined]
     assert rates
-    assert losses[total] < losses[0]
+    assert losses[40] < losses[0]
     counted = [r["step"] for r in trainer.folder.read_history() if r["type"] == "step"]
     assert counted == list(range(1, total + 1))
     assert st.Trainer.resume(trainer.folder.path).steps_done == total

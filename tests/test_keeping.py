@@ -481,7 +481,7 @@ def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench) 
     assert rates
     assert losses[40] < losses[0]
     counted = [r["step"] for r in trainer.folder.read_history() if r["type"] == "step"]
-    assert counted == list(range(1, 40 + 1))
+    assert counted == list(range(1, 41))
     assert st.Trainer.resume(trainer.folder.path).steps_done == 40
 
 

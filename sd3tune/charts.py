@@ -40,12 +40,14 @@ def line(
     return svg(figure, spoken(curve, held, name))
 
 
-def strip(curves: Mapping[str, Curve | Mapping[str, Curve]], *, total: int = 0, marks: Sequence[int] = ()) -> str:
-    """Several numbers over the updates beside each other; a mapping is several lines of one chart."""
+def strip(
+    curves: Mapping[str, Curve | Mapping[str, Curve]], *, total: int = 0, marks: Sequence[int] = (), exact: Sequence[str] = ()
+) -> str:  # fmt: skip
+    """Several numbers over the updates beside each other, smoothed but for the ``exact`` ones; a mapping is several lines of one chart."""
     figure, places = _figure(1.5, len(curves))
     for axes, (name, found) in zip(places, curves.items(), strict=True):
         if isinstance(found, Curve):
-            _draw(axes, found, name, total, marks, faint=False)
+            _draw(axes, found, name, total, marks, faint=False, exact=name in exact)
             continue
         for (label, one), colour in zip(found.items(), BANDS, strict=False):
             if one.stretches:
@@ -88,11 +90,11 @@ def _figure(height: float, count: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height))
-    edges = {"left": 0.5 / WIDTH, "right": 1 - 0.2 / WIDTH, "top": 1 - 0.3 / height, "bottom": 0.25 / height}
+    edges = {"left": 0.6 / WIDTH, "right": 1 - 0.2 / WIDTH, "top": 1 - 0.3 / height, "bottom": 0.25 / height}
     return figure, list(figure.subplots(1, count, squeeze=False, gridspec_kw={**edges, "wspace": 0.35})[0])
 
 
-def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], *, faint: bool = True) -> None:
+def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], *, faint: bool = True, exact: bool = False) -> None:
     steps = [s.last for s in curve.stretches]
     if faint and steps:
         low, high = [s.low for s in curve.stretches], [s.high for s in curve.stretches]
@@ -101,7 +103,7 @@ def _draw(axes: Any, curve: Curve, name: str, total: int, marks: Sequence[int], 
         else:
             axes.fill_between(steps, low, high, color="#000000", alpha=0.25, linewidth=0, label="lowest to highest")
     if steps:
-        axes.plot(steps, [s.smooth for s in curve.stretches], color=ACCENT, linewidth=1.8, label="smoothed")
+        axes.plot(steps, [s.high if exact else s.smooth for s in curve.stretches], color=ACCENT, linewidth=1.8, label="smoothed")
     _dress(axes, name, total, marks, told=faint)
 
 

@@ -92,3 +92,17 @@ def test_bars_are_as_high_as_their_shares() -> None:
         heights.append(max(ys) - min(ys))
     assert heights == pytest.approx([max(heights) * count / 200 for count in counts], abs=0.01)
     assert root.get("aria-label", "").endswith("10, 20, 0, 5, 5, 10, 10, 10, 10, 20")
+
+
+def test_what_is_exact_is_not_smoothed() -> None:
+    """A rate that was halved is a step in the chart and no slope."""
+    halved = curve_of([(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)])
+    exact, smoothed = (charts.strip({"learning rate": halved}, exact=names) for names in (("learning rate",), ()))
+    lines = []
+    for svg in (exact, smoothed):
+        path = next(
+            p for p in ElementTree.fromstring(svg).iter() if charts.ACCENT in p.get("style", "") and "fill: none" in p.get("style", "")
+        )
+        lines.append([float(y) for _, y in re.findall(r"([\d.-]+) ([\d.-]+)", path.get("d", ""))])
+    assert lines[0][2] == lines[0][3] == max(lines[0])
+    assert lines[1][2] < lines[1][3]

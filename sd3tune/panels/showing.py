@@ -69,7 +69,7 @@ def other_curves(now: Snapshot) -> str:
     bands = {f"{k * BAND:g} to {(k + 1) * BAND:g}": one for k, one in enumerate(now.bands)}
     shown: dict[str, Curve | Mapping[str, Curve]] = {"learning rate": now.rates, "gradient norm, before clipping": now.grad_norms}
     shown["loss by noise level"] = bands
-    return charts.strip(shown, total=now.total_steps, marks=[step for step, _ in now.changes])
+    return charts.strip(shown, total=now.total_steps, marks=[step for step, _ in now.changes], exact=("learning rate",))
 
 
 def levels(now: Snapshot) -> str:

@@ -104,7 +104,7 @@ def choices(name: str) -> list[tuple[str, Any]]:
     return found
 
 
-LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "98%"}}
+LOOK = {"style": {"description_width": "150px"}, "layout": {"width": "98%"}}
 
 
 def field(name: str, value: Any) -> Any:

@@ -175,4 +175,5 @@ def test_every_control_of_the_studio_has_a_name_in_each_tab(lab: Lab) -> None:
         found = page.evaluate(UNNAMED)
         assert not found["unnamed"], (name, found["unnamed"])
         shoot(other, f"studio-{name.lower().replace(' ', '-')}")
-    assert not other.own_errors, other.own_errors
+    left = [text for text in other.own_errors if "widget model not found" not in text]  # of the other notebook, whose kernel is gone
+    assert not left, left

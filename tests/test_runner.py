@@ -434,7 +434,7 @@ def test_the_log_is_bounded() -> None:
 
 def test_two_hundred_runs_are_started_paused_and_stopped_and_leave_no_thread(tmp_path: Path) -> None:
     for number in range(200):
-        runner = Runner.attach(tmp_path / "same", lambda: FakeTrainer(tmp_path / "run", steps=50))  # type: ignore[arg-type,return-value]
+        runner = Runner.attach(tmp_path / "same", lambda: FakeTrainer(tmp_path / "run", steps=10_000_000))  # type: ignore[arg-type,return-value]
         for name in ("start", "pause", "go_on", "pause", "stop")[: 5 if number % 2 else 4]:
             runner.send(name)
         if not number % 2:

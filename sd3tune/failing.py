@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3tune.cache.memory import is_out_of_memory
 from sd3tune.errors import Sd3TuneError, TrainingError
-
-OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
-"""Errors by name: torch's is its own class, on every device."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Failure:
         traceback.clear_frames(error.__traceback__)
         text = str(error) if ours else f"{type(error).__name__}: {error}"
         details = dict(vars(error)) if ours else {}
-        return cls(type(error) if isinstance(error, Sd3TuneError) else TrainingError, text, type(error).__name__ in OUT_OF_MEMORY, details)
+        return cls(type(error) if isinstance(error, Sd3TuneError) else TrainingError, text, is_out_of_memory(error), details)
 
     def error(self) -> Sd3TuneError:
         """The error again, to raise where somebody waits: TrainingError for one that is not ours."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.files import explained
-from sd3tune.records import Record, SegmentRecord
+from sd3tune.records import CheckpointRecord, Record, SegmentRecord
 
 
 class History:
@@ -85,6 +85,12 @@ def newest_chain(lines: list[dict[str, Any]]) -> dict[int, float]:
         segment, last = branch["parent"], min(last, branch["from_step"])
         chain[segment] = last
     return chain
+
+
+def written_at(lines: list[dict[str, Any]], name: str) -> int | None:
+    """The step at which a file of this name was written last; nothing if it never was."""
+    rows = [row for row in lines if row["type"] == CheckpointRecord.type and Path(str(row.get("path"))).name == name]
+    return rows[-1]["step"] if rows else None
 
 
 def smooth(values: list[float], decay: float = 0.95) -> list[float]:

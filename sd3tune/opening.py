@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sd3tune import charts
 from sd3tune.config.schema import RunConfig
 from sd3tune.curves import curve_of
-from sd3tune.history import follow_segments, read_lines
+from sd3tune.history import follow_segments, read_lines, written_at
 from sd3tune.keeping import best_of
 from sd3tune.locking import Holder, holder
 from sd3tune.records import CommandRecord, EvalRecord, Record, of_row
@@ -143,8 +143,7 @@ class OpenedRun(Shown):
         """What became of the run, in a word."""
         if self.holder is not None and self.holder.alive:
             return "running"
-        written = [row for row in self.history if row["type"] == "checkpoint" and Path(str(row.get("path"))).name == self.folder.lora.name]
-        if written and written[-1]["step"] == self.step:
+        if written_at(list(self.history), self.folder.lora.name) == self.step:
             return "finished"
         if self.holder is not None:
             return "lost"

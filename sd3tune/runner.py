@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakValueDictionary
 
-from sd3tune.curves import Curve
+from sd3tune.curves import EMPTY
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
 from sd3tune.inbox import Command, Inbox
 from sd3tune.records import ImageRecord, PreviewRecord, StepRecord
-from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, reached
+from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, in_words, kept, reached
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
@@ -74,12 +74,12 @@ class Runner:
             self._inbox.sent += 1
             if self._snapshot.live:
                 self._inbox.queue.put(command)
-            elif name in LEGAL[self._snapshot.state]:
+                return
+            if name in LEGAL[self._snapshot.state]:
                 self._start()
-                self._answered()
             else:
                 self._refuse(command)
-                self._answered()
+            self._answered()
 
     @property
     def answered(self) -> bool:
@@ -230,8 +230,12 @@ class Runner:
     def _rewind(self, trainer: Trainer, step: int) -> None:
         trainer.rewind(step)
         self._gauges = Gauges()
-        kept = {"evals": tuple(one for one in self._snapshot.evals if one[0] <= step), "verdict": "", "seconds_per_update": None}
-        self._put(step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", loss=Curve(), **kept)
+        now = self._snapshot
+        self._put(
+            step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", verdict="", seconds_per_update=None,
+            evals=tuple(one for one in now.evals if one[0] <= step), steering=kept(now.steering, step, trainer.config),
+            loss=EMPTY, rates=EMPTY, grad_norms=EMPTY, bands=(),
+        )  # fmt: skip
         self._note(f"back to step {trainer.steps_done}, by you; what was left is a checkpoint that stays")
 
     def _set(self, command: Command, trainer: Trainer) -> None:
@@ -246,12 +250,8 @@ class Runner:
         if record.refused:
             self._refuse(command, record.refused)
             return
-        text = ", ".join(f"{name} = {value}" for name, value in command.values.items())
-        self._note(f"{text}, by you")
-        done, now = trainer.steps_done, self._snapshot
-        self._put(
-            config=trainer.config, refused="", changes=(*now.changes, (done, text)), steering=(*now.steering, (done, dict(command.values)))
-        )  # fmt: skip
+        self._note(f"{in_words(command.values)}, by you")
+        self._put(config=trainer.config, refused="", steering=(*self._snapshot.steering, (trainer.steps_done, dict(command.values))))
 
     def _save(self, trainer: Trainer) -> None:
         written = trainer.checkpoint()

@@ -13,7 +13,7 @@ from sd3tune import certificate, keeping
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import TrainingError
 from sd3tune.files import write_text
-from sd3tune.history import History, newest_segment
+from sd3tune.history import History, newest_segment, written_at
 from sd3tune.locking import Lock
 from sd3tune.manifest import Manifest
 from sd3tune.mirror import Mirror
@@ -116,8 +116,7 @@ class Saver:
     def finished(self) -> bool:
         """Whether the final adapter is there, and not one that a resume or a rewind has left behind."""
         lora = self.folder.lora
-        written = (row for row in self.folder.read_history() if row["type"] == CheckpointRecord.type)
-        return lora.exists() and any(Path(row["path"]).name == lora.name for row in written)
+        return lora.exists() and written_at(self.folder.read_history(), lora.name) is not None
 
     def best_so_far(self, loss: float) -> bool:
         """Whether no checkpoint was better on the held-out pictures."""

@@ -14,10 +14,10 @@ from sd3tune.records import NoticeRecord, Record
 from sd3tune.shown import duration
 from sd3tune.trainer import Trainer
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.painter import Drawn, Failed, Said, Step
+from sd3tune.validation.painter import Failed
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.shots import Shot, shots_of
-from sd3tune.validation.validator import preview_of
+from sd3tune.validation.validator import picture_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,23 +91,18 @@ class SlgGrid:
 
     def _draw(self, row: int, column: int) -> Iterator[Record]:
         step, started = self._trainer.steps_done, time.perf_counter()
-        for event in self._trainer.painted([self._shot(row, column)]):
-            if isinstance(event, Step):
-                yield preview_of(event, step)
-            elif isinstance(event, Said):
-                yield NoticeRecord(step=step, text=event.text)
-            elif isinstance(event, Failed):
-                raise TrainingError(f"this cell could not be drawn: {event.why}")
-            elif isinstance(event, Drawn):
-                plain = self.cells.get((0, column))
-                apart = None if plain is None else difference(event.picture, plain.picture)
-                layers, scale = self.rows[row]
-                self.cells[row, column] = CellRecord(
-                    step=step, skip_layers=layers, skip_scale=scale or self.shot.guidance.skip_scale, guidance=self.cfgs[column],
-                    difference=apart, clip=self._trainer.score(event.picture, self.shot.prompt), seconds=time.perf_counter() - started,
-                    picture=event.picture,
-                )  # fmt: skip
-                yield self.cells[row, column]
+        found = yield from picture_of(self._trainer.painted([self._shot(row, column)]), step)
+        if isinstance(found, Failed):
+            raise TrainingError(f"this cell could not be drawn: {found.why}")
+        plain = self.cells.get((0, column))
+        apart = None if plain is None else difference(found.picture, plain.picture)
+        layers, scale = self.rows[row]
+        self.cells[row, column] = CellRecord(
+            step=step, skip_layers=layers, skip_scale=scale or self.shot.guidance.skip_scale, guidance=self.cfgs[column],
+            difference=apart, clip=self._trainer.score(found.picture, self.shot.prompt), seconds=time.perf_counter() - started,
+            picture=found.picture,
+        )  # fmt: skip
+        yield self.cells[row, column]
 
     def choose(self, row: int, column: int) -> dict[str, Any]:
         """The settings of a cell, row 0 being the one without: ``trainer.set(**grid.choose(2, 1))``. Raises: TrainingError if not drawn."""

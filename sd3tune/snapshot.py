@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +68,8 @@ class Snapshot:
     """Of the newest of them."""
     error: str = ""
     log: tuple[str, ...] = ()
-    changes: tuple[tuple[int, str], ...] = ()
-    """What was changed by hand, in words, and after which update."""
     steering: tuple[tuple[int, dict[str, Any]], ...] = ()
-    """The same as settings."""
+    """Settings that were changed by hand, and after which update."""
     began_at: int = 0
     """Updates that were done when this process took the run up; 0 for a run of its own."""
     began_with: RunConfig | None = None
@@ -95,6 +93,11 @@ class Snapshot:
     """Whether that is what the run failed of."""
 
     @property
+    def changes(self) -> tuple[tuple[int, str], ...]:
+        """What was changed by hand, in words, and after which update."""
+        return tuple((step, in_words(settings)) for step, settings in self.steering)
+
+    @property
     def live(self) -> bool:
         """Whether a worker is at it."""
         return self.state != "idle" and self.state not in TERMINAL
@@ -108,6 +111,17 @@ class Snapshot:
     def most_seconds_left(self) -> float | None:
         """The same if pictures, evaluations and checkpoints take the share that they took so far."""
         return None if self.seconds_per_update_in_all is None else self.seconds_per_update_in_all * (self.total_steps - self.step)
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Settings with their values, as a person reads them."""
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+
+def kept(steering: Sequence[tuple[int, dict[str, Any]]], step: int, config: RunConfig) -> tuple[tuple[int, dict[str, Any]], ...]:
+    """What was changed by hand up to a checkpoint of ``step``, which holds ``config``: of changes after that very update, those in it."""
+    leaves = config.leaves()
+    return tuple((at, new) for at, new in steering if at < step or (at == step and all(leaves[name] == new[name] for name in new)))
 
 
 BAND = 0.25

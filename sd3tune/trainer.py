@@ -555,12 +555,16 @@ class Trainer:
         self.pin()
         self._reporters.take(NoticeRecord(step=self.steps_done, text=f"back to step {step}"))
         self.config = resuming.as_it_was(RunConfig.load(self.folder.config), state)
-        self.engine.load_state_dict(state)
-        self._total, self._rollbacks = int(state["steps"]), int(state["rollbacks"])
-        self.engine.rules = replace(self.engine.rules, total=self._total)
         self.folder.point_at(step)
-        self._saver.go_on_from(int(state["segment"]), step)
-        return self._reported(self._saver.branch("rewind", step))
+        return self._put_back(state, "rewind")
+
+    def _put_back(self, state: Mapping[str, Any], why: str) -> Record:
+        """Be as a checkpoint was, from where the history branches."""
+        self.engine.load_state_dict(state)
+        self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
+        self.engine.rules = replace(self.engine.rules, total=self._total)
+        self._saver.go_on_from(int(state["segment"]), self.steps_done)
+        return self._reported(self._saver.branch(why, self.steps_done))
 
     def _require_finite(self) -> None:
         wrong = self.engine.not_finite()
@@ -587,11 +591,7 @@ class Trainer:
 
     def _restore(self, state: Mapping[str, Any], changes: Mapping[str, Any], how: Mapping[str, Any]) -> None:
         """Take a checkpoint's state, then a person's changes. Raises: ConfigError."""
-        self.engine.load_state_dict(state)
-        self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
-        self.engine.rules = replace(self.engine.rules, total=self._total)
-        self._saver.go_on_from(int(state["segment"]), self.steps_done)
-        self._reported(self._saver.branch("resume", self.steps_done))
+        self._put_back(state, "resume")
         if how:
             self._tell(CommandRecord(step=self.steps_done, name="set", value=dict(how)))
         if changes and (refused := self.set(**changes).refused):

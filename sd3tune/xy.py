@@ -13,9 +13,9 @@ from sd3tune.records import NoticeRecord, Record
 from sd3tune.shown import duration
 from sd3tune.trainer import Trainer
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.painter import Drawn, Failed, Said, Step
+from sd3tune.validation.painter import Drawn
 from sd3tune.validation.shots import Shot, shots_of
-from sd3tune.validation.validator import preview_of
+from sd3tune.validation.validator import picture_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,19 +78,14 @@ class XYGrid:
     def _draw(self, place: tuple[int, int]) -> Iterator[Record]:
         step, started, shot = self._trainer.steps_done, time.perf_counter(), self._shots[place]
         settings = {self.y[0]: self.y[1][place[0]], self.x[0]: self.x[1][place[1]]}
-        for event in self._trainer.painted([shot]):
-            if isinstance(event, Step):
-                yield preview_of(event, step)
-            elif isinstance(event, Said):
-                yield NoticeRecord(step=step, text=event.text)
-            elif isinstance(event, (Drawn, Failed)):
-                picture, problem = (event.picture, "") if isinstance(event, Drawn) else (None, event.why)
-                clip = None if picture is None else self._trainer.score(picture, shot.prompt)
-                self.cells[place] = XYRecord(
-                    step=step, row=place[0], column=place[1], settings=settings, clip=clip, seconds=time.perf_counter() - started,
-                    problem=problem, picture=picture,
-                )  # fmt: skip
-                yield self.cells[place]
+        found = yield from picture_of(self._trainer.painted([shot]), step)
+        picture, problem = (found.picture, "") if isinstance(found, Drawn) else (None, found.why)
+        clip = None if picture is None else self._trainer.score(picture, shot.prompt)
+        self.cells[place] = XYRecord(
+            step=step, row=place[0], column=place[1], settings=settings, clip=clip, seconds=time.perf_counter() - started,
+            problem=problem, picture=picture,
+        )  # fmt: skip
+        yield self.cells[place]
 
     def grid(self) -> Grid:
         """What is drawn so far."""

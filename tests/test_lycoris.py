@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import Workbench
 from safetensors import safe_open
+from stock import predicted
 
 import sd3tune as st
 from sd3tune import playground
@@ -36,15 +37,6 @@ x, t, p = (torch.randn(shape, generator=g) for shape in shapes)
 with torch.no_grad():
     torch.save(model(hidden_states=x, encoder_hidden_states=t, pooled_projections=p, timestep=torch.tensor([400.0])).sample, out)
 """
-
-
-def predicted(model: Any) -> torch.Tensor:
-    g, c = torch.Generator().manual_seed(0), model.config
-    shapes = ((1, 16, 8, 8), (1, 32, c.joint_attention_dim), (1, c.pooled_projection_dim))
-    x, t, p = (torch.randn(shape, generator=g) for shape in shapes)
-    with torch.no_grad():
-        found: torch.Tensor = model(hidden_states=x, encoder_hidden_states=t, pooled_projections=p, timestep=torch.tensor([400.0])).sample
-    return found
 
 
 def written(folder: Path, **values: Any) -> str:

@@ -54,9 +54,14 @@ def test_a_rewound_run_is_the_run_that_never_left(studio: Studio) -> None:
     """Back at step 4 and on to 6 again: the same bits as the first time; what was left stays as a checkpoint that is pinned."""
     folder = RunFolder(Path(studio.runner.snapshot.folder))
     at = studio.runner.snapshot.step
+    studio.learning.fields["learning_rate"].value = 5e-4
+    studio.wait(PATIENCE, until=lambda now: len(now.steering) == 1)
     studio.checkpoint.value = 4
     studio.press("rewind")
-    studio.wait(PATIENCE, until=lambda now: now.step == 4)
+    now = studio.wait(PATIENCE, until=lambda now: now.step == 4)
+    assert not now.steering, "the code that does the run again has nothing of what no longer counts"
+    assert now.config is not None
+    assert now.config.optimizer.learning_rate == 1e-3
     left = folder.checkpoint_folder / f"step-{at:06d}"
     assert (left / "PINNED").exists()
     before = {name: (left / name).read_bytes() for name in ("adapter.safetensors", "optimizer.safetensors")}

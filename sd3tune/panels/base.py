@@ -12,7 +12,18 @@ from sd3tune.panels.draft import Draft
 from sd3tune.panels.looks import put, sentence
 
 
-class Panel:
+class Displayed:
+    """Shows its ``widget`` when a cell ends with it."""
+
+    widget: Any
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.widget)
+
+
+class Panel(Displayed):
     """A view of a draft. ``widget`` is what a cell shows; several panels of one draft follow each other."""
 
     def __init__(self, config: RunConfig | Draft) -> None:
@@ -47,8 +58,3 @@ class Panel:
     def say(self, text: str, *, bad: bool = False) -> None:
         """Tell the person something, below the buttons."""
         put(self.note, sentence(text, bad=bad))
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)

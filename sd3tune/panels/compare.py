@@ -13,14 +13,15 @@ from sd3tune.curves import Curve, curve_of
 from sd3tune.errors import Sd3TuneError
 from sd3tune.listing import runs
 from sd3tune.panels import codes
+from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import button, put, row, sentence, table, tip
-from sd3tune.panels.pictures import SIDE, jpeg, shown_at
+from sd3tune.panels.pictures import SIDE, jpeg, shown_at, small
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.pictures import cell_of, title
+from sd3tune.validation.pictures import title
 
 
-class ComparePanel:
+class ComparePanel(Displayed):
     """Compares two runs of a folder."""
 
     def __init__(self, folder: str | Path = "runs") -> None:
@@ -124,10 +125,6 @@ def pair_grid(folders: list[RunFolder], names: list[str]) -> Grid | None:
         return None
     rows = []
     for name, steps, there in zip(names, newest, found, strict=True):
-        cells = [cell_of(there[place]) for place in both]
-        for cell in cells:
-            if cell is not None and not isinstance(cell, str):
-                cell.thumbnail((SIDE, SIDE))
-        rows.append((f"{name}\nstep {steps[0]}", tuple(cells)))
+        rows.append((f"{name}\nstep {steps[0]}", tuple(small(there[place], SIDE) for place in both)))
     shots = [found[0][place].shot for place in both]
     return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))

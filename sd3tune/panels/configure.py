@@ -10,12 +10,13 @@ import ipywidgets as widgets
 
 from sd3tune.configuring import Machine, Question, Wizard, look
 from sd3tune.errors import ConfigError, Sd3TuneError
+from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import SMALL, button, put, row, sentence, small, table, visible
 
 WIDE = {"width": "min(640px, 98%)"}
 
 
-class ConfigurePanel:
+class ConfigurePanel(Displayed):
     """Asks what a run needs to know, each question with why; ``wizard`` is how far it is. Nothing is written before the last button."""
 
     def __init__(self, folder: str | Path = ".", machine: Machine | None = None) -> None:
@@ -112,11 +113,6 @@ class ConfigurePanel:
         shown = ((str(made.run), made.run_text), (str(made.datasets), made.datasets_text), ("the cell that runs them", made.cell))
         look = f'style="white-space:pre-wrap;overflow-wrap:anywhere;{SMALL}"'
         put(self.files, "".join(f"<b>{escape(name)}</b><pre {look}>{escape(text)}</pre>" for name, text in shown))
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)
 
 
 def configure(folder: str | Path = ".", machine: Machine | None = None) -> ConfigurePanel:

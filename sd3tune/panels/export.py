@@ -9,13 +9,14 @@ import ipywidgets as widgets
 
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, FileError, Sd3TuneError
+from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import button, put, row, sentence, tip
 from sd3tune.run_folder import RunFolder
 
 LAYOUTS = (("diffusers", "diffusers"), ("ComfyUI", "comfyui"))
 
 
-class ExportPanel:
+class ExportPanel(Displayed):
     """Writes the adapter of a run (or any LoRA file) for another program, verified, and the run's report. It overwrites no adapter."""
 
     def __init__(self, source: str | Path = "runs/my-run") -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import ipywidgets as widgets
 
+from sd3tune.config.explaining import explain
 from sd3tune.config.reading import LEAVES, parse_setting
 from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.errors import ConfigError
@@ -64,13 +65,10 @@ def declared(name: str) -> Any:
 
 def hint(name: str) -> str:
     """What a person should know of a setting: meaning, range, unit, and whether it may change while training."""
-    info = declared(name)
-    words = {"ge": "from {:g}", "gt": "above {:g}", "le": "to {:g}"}
-    limits = {key: getattr(rule, key) for rule in info.metadata for key in words if hasattr(rule, key)}
-    span = " ".join(words[key].format(limits[key]) for key in words if limits.get(key) is not None)
-    unit = info.json_schema_extra["unit"]
-    live = "May change while training." if info.json_schema_extra["live"] else ""
-    parts = (info.description, f"({' '.join(filter(None, (span, unit)))})" if span or unit else "", live)
+    one = explain(name)
+    span = [f"{word} {end:g}" for word, end in (("from", one.low), ("above", one.above), ("to", one.high)) if end is not None]
+    limits = " ".join(filter(None, (*span, one.unit)))
+    parts = (one.meaning, f"({limits})" if limits else "", "May change while training." if one.live else "")
     return f"{name}: " + " ".join(part for part in parts if part)
 
 

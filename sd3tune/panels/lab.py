@@ -10,6 +10,7 @@ import ipywidgets as widgets
 
 from sd3tune.errors import ConfigError
 from sd3tune.panels import fields
+from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import button, put, row, sentence, tip
 from sd3tune.panels.pictures import jpeg
 from sd3tune.panels.run import RunPanel
@@ -29,7 +30,7 @@ AXES = {
 """Settings that an axis may have, with values to begin with."""
 
 
-class GridLab:
+class GridLab(Displayed):
     """Draws with the live model of a run panel: pause it, or let it train on and lend the model in between."""
 
     def __init__(self, panel: RunPanel) -> None:

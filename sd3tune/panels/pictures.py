@@ -13,7 +13,7 @@ from PIL import Image
 from sd3tune.panels.looks import put, row, sentence, tip, visible
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.pictures import Found, cell_of, drawn, title
+from sd3tune.validation.pictures import Found, cell_of, drawn, rows_of, title
 
 SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
@@ -111,17 +111,13 @@ def shown_at(folder: RunFolder, step: int) -> list[Found]:
 
 def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
     """The base model's pictures over a step's, each at most ``side`` px."""
-    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
-    pictures = shown_at(folder, step)
-    rows = [("base model", tuple(_small(base.get(one.shot.base), side) for one in pictures))] if base else []
-    for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
-        there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
-        if there:
-            rows.append((label, tuple(_small(there.get(one.shot.place), side) for one in pictures)))
-    return Grid(tuple(rows), tuple(title(one.shot, [p.shot for p in pictures]) for one in pictures))
+    shots = [one.shot for one in shown_at(folder, step)]
+    rows = [(label, tuple(small(one, side) for one in found)) for label, found in rows_of(folder, shots, [step])]
+    return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
 
 
-def _small(found: Found | None, side: int) -> Image.Image | str | None:
+def small(found: Found | None, side: int) -> Image.Image | str | None:
+    """A picture of a grid, at most ``side`` px, or why there is none."""
     cell = cell_of(found)
     if isinstance(cell, Image.Image):
         cell.thumbnail((side, side))

@@ -14,6 +14,7 @@ from sd3tune.config.reading import is_live
 from sd3tune.panels import codes, record, showing
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
+from sd3tune.panels.forms import Form
 from sd3tune.panels.looks import button, column, put, row, sentence, tip, visible
 from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
@@ -55,7 +56,7 @@ class RunPanel(Panel):
         make: Callable[[RunConfig, Cache], Trainer] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self._cache, self._make_trainer, self._data = cache, make or make_trainer, data
+        self._cache, self._make_trainer, self._data = cache, make, data
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self.buttons = {name: button(said, lambda name=name: self.press(name), about) for name, (said, _, about) in BUTTONS.items()}  # type: ignore[misc]
         self.checkpoint: Any = tip(
@@ -76,12 +77,15 @@ class RunPanel(Panel):
             Redrawn(lambda now: now.noise_levels, (showing.levels, self.levels)),
             Redrawn(lambda now: now.log, (showing.log, self.log)),
         )
+        self.forms: list[Form] = []
+        """Without whose agreement no run starts."""
         self.watchers: list[Callable[[Snapshot], None]] = []
         """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
         self._told, self._seen, self._sent = self.runner.snapshot.refusals, 0, dict[str, tuple[str, float]]()
         self._agreed: RunConfig | None = None
+        self._listed: tuple[str, ...] = ()
         self.widget = self._layout()
         self.draft.observe(self._steer, "config")
         if self.runner.snapshot.live:
@@ -93,7 +97,10 @@ class RunPanel(Panel):
     # --- what a person does ------------------------------------------------------------------------------------------
 
     def press(self, name: str) -> None:
-        """What a button does: ask the run, nothing else."""
+        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
+        if name == "start" and any(form.wrong for form in self.forms):
+            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
+            return
         self.say("")
         self._sent[name] = (self.runner.snapshot.state, time.monotonic())
         if name == "start":
@@ -154,7 +161,6 @@ class RunPanel(Panel):
 
     def _relieved(self, settings: dict[str, Any], goes_on: bool) -> None:
         """Try again with changed settings after the memory was too small."""
-        self.draft.live = False
         problems = self.draft.change(**settings)
         if problems:
             self.say("; ".join(problems.values()), bad=True)
@@ -180,7 +186,9 @@ class RunPanel(Panel):
 
     def _maker(self, config: RunConfig) -> Callable[[], Made]:
         build, cache, data = self._make_trainer, self._cache, self._data
-        return lambda: build(config, cache) if cache is not None or build is not make_trainer else prepared(config, data)  # type: ignore[arg-type]
+        if cache is None and build is None:
+            return lambda: prepared(config, data)
+        return lambda: (build or make_trainer)(config, cache)  # type: ignore[arg-type]
 
     # --- what a person sees ------------------------------------------------------------------------------------------
 
@@ -231,12 +239,15 @@ class RunPanel(Panel):
             self.draft.config = now.config
 
     def _buttons(self, now: Snapshot, clock: float) -> None:
-        checkpoints = RunFolder(Path(now.folder)).checkpoints() if now.folder else []
-        options = [(f"step {step_of(path)}", step_of(path)) for path in checkpoints] or [("no checkpoint", -1)]
-        if list(self.checkpoint.options) != options:
-            self.checkpoint.options = options
+        if now.log != self._listed:  # whatever writes a checkpoint says so
+            self._listed = now.log
+            found = [step_of(path) for path in RunFolder(Path(now.folder)).checkpoints()] if now.folder else []
+            options = [(f"step {step}", step) for step in found] or [("no checkpoint", -1)]
+            if list(self.checkpoint.options) != options:
+                self.checkpoint.options = options
+        checkpoints = self.checkpoint.value >= 0
         for name, one in self.buttons.items():
-            again = name == "start" or (name == "go_on" and now.state != "finished" and bool(checkpoints))
+            again = name == "start" or (name == "go_on" and now.state != "finished" and checkpoints)
             legal = name in LEGAL[now.state] or (now.state in TERMINAL and again)
             state, since = self._sent.get(name, ("", 0.0))
             pending = state == now.state and not self.runner.answered and clock - since < 30

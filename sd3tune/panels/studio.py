@@ -41,20 +41,13 @@ class Studio(RunPanel):
             "Machine": self.machine.widget, "Model": self.model.widget, "Data": self.data.widget, "Training": self.learning.widget,
             "Validation": self.drawing.widget, "Grid lab": self.lab.widget, "Compare": self.compared.widget, "Export": self.export.widget,
         }  # fmt: skip
+        self.forms = [*self.model.forms, *self.learning.forms, *self.drawing.forms]
         self.fields: dict[str, Any] = {**self.model.fields, **self.learning.fields, **self.drawing.fields}
         self.tabs: Any = tabs(parts)
         self.widget = widgets.VBox([self.tabs, self.widget], layout=widgets.Layout(width="100%", max_width="1100px"))
         self._shown = ""
         self.watchers.append(self._export)
         self.data.source.observe(lambda change: self._from(change["new"]), "value")
-
-    def press(self, name: str) -> None:
-        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
-        wrong = [form for panel in (self.model, self.learning, self.drawing) for form in panel.forms if form.wrong]
-        if name == "start" and wrong:
-            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
-            return
-        super().press(name)
 
     def _from(self, data: str) -> None:
         """Train on other data from the next run on."""

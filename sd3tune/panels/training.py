@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 
@@ -38,19 +38,12 @@ class TrainingPanel(RunPanel):
     ) -> None:  # fmt: skip
         super().__init__(config, cache, data=data, make=make)
         self.form, self.advice = Form(self.draft, NAMES), widgets.HTML()
-        self.fields: dict[str, Any] = self.form.fields
+        self.forms, self.fields = [self.form], self.form.fields
         self.draft.observe(lambda _: self._advise(), "config")
         self._advise()
         status, buttons, others, note, relief, curves, *rest = self.widget.children
         form = column(self.form.widget, self.advice)
         self.widget.children = (status, buttons, others, note, relief, row(form, column(curves, grow=2, least=420)), *rest)
-
-    def press(self, name: str) -> None:
-        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
-        if name == "start" and self.form.wrong:
-            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
-            return
-        super().press(name)
 
     def _advise(self) -> None:
         put(self.advice, small(advice(self.config)))

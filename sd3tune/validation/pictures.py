@@ -175,20 +175,24 @@ class Places:
 def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int]) -> Grid:
     """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions."""
     shots = shots_of(config)
-    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
-    rows: list[tuple[str, tuple[Image.Image | str | None, ...]]] = []
-    if base:
-        rows.append(("base model", tuple(cell_of(base.get(shot.base)) for shot in shots)))
-    for step in steps:
-        for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
-            there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
-            if there:
-                rows.append((label, tuple(cell_of(there.get(shot.place)) for shot in shots)))
+    rows = [(label, tuple(map(cell_of, found))) for label, found in rows_of(folder, shots, steps)]
     placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
     references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
     if any(references):
         rows.append(("reference", references))
     return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
+
+
+def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int]) -> list[tuple[str, tuple[Found | None, ...]]]:
+    """What there is of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label."""
+    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
+    rows = [("base model", tuple(base.get(shot.base) for shot in shots))] if base else []
+    for step in steps:
+        for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
+            there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
+            if there:
+                rows.append((label, tuple(there.get(shot.place) for shot in shots)))
+    return rows
 
 
 def title(shot: Shot, among: Sequence[Shot]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from sd3tune.models.tiny import load_tiny
 from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.kept import keep, kept
-from sd3tune.validation.painter import Drawn, Failed, Painter, Step
+from sd3tune.validation.painter import Drawn, Event, Failed, Painter, Said, Step
 from sd3tune.validation.pictures import Places, Source, drawn, write_picture, write_problem
 from sd3tune.validation.shots import Shot
 
@@ -59,6 +59,20 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callabl
             yield write_problem(place(event.shot), event.shot, source, event.why)
         else:
             yield NoticeRecord(step=source.step, text=event.text)
+
+
+def picture_of(events: Iterable[Event], step: int) -> Generator[Record, None, Drawn | Failed]:
+    """What became of a single shot, after the records of its way there."""
+    found: Drawn | Failed | None = None
+    for event in events:
+        if isinstance(event, Step):
+            yield preview_of(event, step)
+        elif isinstance(event, Said):
+            yield NoticeRecord(step=step, text=event.text)
+        else:
+            found = event
+    assert found is not None
+    return found
 
 
 def preview_of(event: Step, step: int) -> PreviewRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.parser import HeaderParser
 from importlib import metadata
 from typing import Any
 
@@ -44,7 +45,8 @@ def versions(processes: int) -> dict[str, str]:
 
 def installed() -> str:
     """Every installed distribution with its version, a line each, as ``environment.txt`` holds it."""
-    rows = {f"{d.metadata['Name']}=={d.version}" for d in metadata.distributions() if d.metadata["Name"]}
+    heads = [HeaderParser().parsestr(d.read_text("METADATA") or d.read_text("PKG-INFO") or "") for d in metadata.distributions()]
+    rows = {f"{head['Name']}=={head['Version']}" for head in heads if head["Name"]}
     return "\n".join([f"# Python {platform.python_version()}, {platform.platform()}", *sorted(rows, key=str.lower)]) + "\n"
 
 

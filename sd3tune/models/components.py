@@ -102,14 +102,13 @@ def load_transformer(config: RunConfig, device: torch.device) -> Any:
     """The frozen transformer, read and quantised layer by layer; what was quantised once is read from the cache. Raises: ModelError."""
     weights, dtype = transformer_weights(config), rest_dtype(config)
     precision, modulation = config.model.base_model_precision, config.model.modulation_precision
-    need = expected_bytes(skeleton(config), precision, modulation=modulation, rest=dtype.itemsize)
+    transformer = skeleton(config)
+    need = expected_bytes(transformer, precision, modulation=modulation, rest=dtype.itemsize)
     room.require("transformer", need, precision=precision, device=device)
     if precision == "no_change":
-        transformer = skeleton(config)
         fill(transformer, weights, dtype=dtype, device=device, change=_smaller(config))
         return transformer.requires_grad_(False).train()
     kept = Path(config.run.cache_dir).absolute() / "models" / f"{quantised_files.key(weights, precision, modulation, dtype)}.safetensors"
-    transformer = skeleton(config)
     if not quantised_files.read(kept, transformer, precision=precision, modulation=modulation, dtype=dtype, device=device):
         transformer = skeleton(config)
         fill(transformer, weights, dtype=dtype, device=device, change=_smaller(config))

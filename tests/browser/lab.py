@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Locator, Page, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -64,12 +64,21 @@ def server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def browser() -> Iterator[Page]:
-    """A page of Debian's Chromium."""
+def browser() -> Iterator[BrowserContext]:
+    """Debian's Chromium."""
     with sync_playwright() as play:
         opened = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened.new_page(viewport={"width": 1280, "height": 1400})
+        yield opened.new_context(viewport={"width": 1280, "height": 1400})
         opened.close()
+
+
+READY = """name => {
+  const shown = window.jupyterapp?.shell.currentWidget;
+  return shown?.context?.path === name && shown.sessionContext.session?.kernel?.status === 'idle';
+}"""
+"""Whether the notebook is the one that commands mean, and its kernel waits for work."""
+
+PROMPT = "cell => document.querySelectorAll('.jp-Notebook .jp-Cell')[cell].querySelector('.jp-InputPrompt').innerText"
 
 
 class Lab:
@@ -88,10 +97,9 @@ class Lab:
         return [text for text in self.errors if not any(known in text for known in BENIGN)]
 
     def open(self) -> None:
-        """Open the notebook and wait for its kernel."""
-        self.page.goto(f"{self.address}/lab/tree/{self.notebook.name}", timeout=PATIENCE)
-        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE)
-        self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=PATIENCE)
+        """Open the notebook, alone in a workspace of its own, and wait for its kernel."""
+        self.page.goto(f"{self.address}/lab/workspaces/{self.notebook.stem}/tree/{self.notebook.name}", timeout=PATIENCE)
+        self.page.wait_for_function(READY, arg=self.notebook.name, timeout=PATIENCE)
 
     def do(self, command: str, **given: object) -> None:
         """Begin one of JupyterLab's commands; running a cell would last as long as the cell."""
@@ -102,10 +110,11 @@ class Lab:
         self.page.evaluate("k => { window.jupyterapp.shell.currentWidget.content.activeCellIndex = k; }", cell)
 
     def run(self, cell: int) -> None:
-        """Run a cell without waiting for its end."""
+        """Run a cell; waits until it has begun, not for its end."""
         self.select(cell)
+        before = self.page.evaluate(PROMPT, cell)
         self.do("notebook:run-cell")
-        self.page.wait_for_timeout(400)
+        self.page.wait_for_function(f"([cell, before]) => ({PROMPT})(cell) !== before", arg=[cell, before], timeout=PATIENCE)
 
     def output(self, cell: int) -> Locator:
         """What stands below a cell."""

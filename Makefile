@@ -62,7 +62,8 @@ test-browser: $(READY)
 	else echo "SKIPPED: there is no /usr/bin/chromium, and it could not be installed"; fi
 
 test-full: $(READY)
-	$(BIN)/python -m pytest -m full --ignore=tests/browser tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m full --ignore=tests/browser --junitxml=$(VENV)/full.xml tests
+	$(BIN)/python benchmarks/full_table.py $(VENV)/full.xml
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -73,9 +73,9 @@ def measure(rows: Path, seeds: int, steps: list[int]) -> None:
         for seed in range(seeds):
             for rate in RATES:
                 for recipe in RECIPES:
-                    wanted = not seed or rate in {best(read(rows), recipe, step)[0] for step in steps}
+                    wanted = [step for step in steps if not seed or best(read(rows), recipe, step)[0] == rate]
                     if wanted and (recipe, rate, seed) not in done:
-                        row = {"recipe": recipe, "rate": rate, "seed": seed, **run(Path(name), recipe, rate, seed, steps)}
+                        row = {"recipe": recipe, "rate": rate, "seed": seed, **run(Path(name), recipe, rate, seed, wanted)}
                         with rows.open("a") as file:
                             file.write(json.dumps(row) + "\n")
 
@@ -134,7 +134,8 @@ def table(rows: list[dict[str, Any]], steps: list[int]) -> str:
 
 def of(rows: list[dict[str, Any]], recipe: str, step: int, rate: float) -> dict[int, float]:
     """Seed -> share."""
-    return {row["seed"]: row["shares"][str(step)] for row in rows if (row["recipe"], row["rate"]) == (recipe, rate)}
+    mine = [row for row in rows if (row["recipe"], row["rate"]) == (recipe, rate)]
+    return {row["seed"]: row["shares"][str(step)] for row in mine if str(step) in row["shares"]}
 
 
 def best(rows: list[dict[str, Any]], recipe: str, step: int) -> tuple[float, dict[int, float]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import fresh
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors import safe_open
@@ -52,9 +54,9 @@ def predicted(model: Any) -> torch.Tensor:
 
 def elsewhere(what: str, *arguments: str) -> dict[str, Any]:
     """``draw`` or ``predict`` by a fresh process."""
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, what, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        said = fresh.run([__file__, what, *arguments], Path(folder) / "said.txt")
+    found: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
     return found
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -181,9 +180,8 @@ def check(
             first.load_state_dict(state)
             assert first.update(peak_learning_rate=1e-4).loss == wanted, "a resumed update is the same"
             files.append(str(written(tmp_path / f"{kind}-{checkpointing}.safetensors", network, weights, spec, folder)))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", READ, str(folder), *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for file, (missing, unexpected, count) in json.loads(done.stdout.splitlines()[-1]).items():
+    said = fresh.run(["-c", READ, str(folder), *files], tmp_path / "read.txt")
+    for file, (missing, unexpected, count) in json.loads(said.splitlines()[-1]).items():
         assert (missing, unexpected) == ([], []), file
         assert count > 10
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import Workbench
+from fresh import Fresh
 
 from sd3tune.cli import main
 
@@ -82,14 +80,12 @@ def test_settings_explains_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_ctrl_c_saves_and_says_how_to_go_on(bench: Workbench, tmp_path: Path) -> None:
     """The first interrupt finishes the update, writes a checkpoint and exits with 130; resume takes it from there."""
-    words = [sys.executable, "-m", "sd3tune", *arguments(bench, tmp_path / "run", max_train_steps="400", eval_loss_disable="true")]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    history, deadline = tmp_path / "run" / "history.jsonl", time.monotonic() + 180
-    while time.monotonic() < deadline and child.poll() is None and not (history.exists() and '"step": 3' in history.read_text()):
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=120)
-    assert child.returncode == 130, out
+    words = ["-m", "sd3tune", *arguments(bench, tmp_path / "run", max_train_steps="400", eval_loss_disable="true")]
+    child = Fresh(words, tmp_path / "said.txt")
+    child.until_file(tmp_path / "run" / "history.jsonl", '"step": 3')
+    child.signal(signal.SIGINT)
+    code, out = child.wait(), child.output
+    assert code == 130, out
     assert f"go on with: sd3tune train --resume {tmp_path / 'run'}" in out
     assert "Traceback" not in out
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/state.json"))

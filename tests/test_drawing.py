@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fresh
 import pytest
 import torch
 from conftest import Workbench
@@ -41,7 +40,7 @@ LIBRARY: dict[str, Any] = {"half": {"prompt": "lock", "strength": 0.5, "steps": 
 def run(bench: Workbench, request: pytest.FixtureRequest) -> st.Trainer:
     """A short run that draws everything there is: two libraries, an average, seeds, skip-layer guidance, no prompt, scores."""
     trainer = bench.trainer(
-        max_train_steps=6, validation_steps=3, validation_prompt=("lock",), user_prompt_library=LIBRARY,
+        model_flavour="playground", max_train_steps=6, validation_steps=3, validation_prompt=("lock",), user_prompt_library=LIBRARY,
         num_validation_images=request.param,
         validation_disable_unconditional=False, use_ema=True, evaluation_type="clip", validation_preview=True, validation_preview_steps=2,
         **SLG,
@@ -288,7 +287,9 @@ def test_a_failed_cell_stands_in_the_grid(bench: Workbench, monkeypatch: pytest.
 
 def test_what_cannot_be_loaded_costs_the_pictures_alone(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """No room for the autoencoder in mid-run, or for the scorer: a notice, and the run ends with its adapter."""
-    trainer = bench.trainer(max_train_steps=6, validation_on_startup=False, evaluation_type="clip", num_eval_images=1)
+    trainer = bench.trainer(
+        model_flavour="playground", max_train_steps=6, validation_on_startup=False, evaluation_type="clip", num_eval_images=1
+    )
     trainer.run(1).__next__()
     list(trainer.run(2))
 
@@ -444,7 +445,7 @@ def test_a_picture_says_how_to_draw_it_elsewhere(run: st.Trainer) -> None:
 def test_the_base_row_is_drawn_once_for_all_runs(run: st.Trainer, bench: Workbench) -> None:
     """A second run takes the pictures over, bit for bit; another guidance, or another prompt, is drawn when it is first needed."""
     settings = {k: v for k, v in run.config.leaves().items() if k.startswith(("validation_", "user_prompt", "num_validation"))}
-    second = bench.trainer(**{**settings, "validation_preview": False})
+    second = bench.trainer(model_flavour="playground", **{**settings, "validation_preview": False})
     found = list(second.validation())
     assert not [record for record in found if isinstance(record, PreviewRecord)], "nothing went through the model"
     rows = [{one.shot: one.path for one in drawn(trainer.folder, 0)} for trainer in (run, second)]
@@ -513,11 +514,7 @@ def test_what_is_no_adapter_is_explained(run: st.Trainer, tmp_path: Path) -> Non
 def test_the_command_line_draws_and_replays(run: st.Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A picture of a fresh process is the run's own; a wrong block is one sentence."""
     rest = ["--out", str(tmp_path), "--set", "num_validation_images=1"]
-    drawn_there = subprocess.run(
-        [sys.executable, "-m", "sd3tune", "sample", str(run.folder.path), "lock", *rest],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "0000-lock.png" in drawn_there.stdout
+    assert "0000-lock.png" in fresh.run(["-m", "sd3tune", "sample", str(run.folder.path), "lock", *rest], tmp_path / "said.txt")
     with Image.open(run.folder.images(6) / "00.png") as own:
         assert differing(Image.open(tmp_path / "0000-lock.png"), own) <= 2
     assert cli.main(["sample", str(run.folder.path), "lock", "--slg", "7,x"]) == 1

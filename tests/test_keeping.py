@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Workbench
+from fresh import Fresh
 from test_trainer import same_state, updates
 
 import sd3tune as st
@@ -129,14 +129,11 @@ def test_the_command_line_obeys_sigterm(bench: Workbench, tmp_path: Path) -> Non
     """SIGTERM to ``sd3tune train``: exit code 130, a checkpoint, and how to go on."""
     config = bench.config(**{**PLAIN, "max_train_steps": 400}, output_dir=str(tmp_path / "run"))
     config.save(tmp_path / "run.yaml")
-    words = [sys.executable, "-m", "sd3tune", "train", str(tmp_path / "run.yaml"), "--data", str(bench.datasets)]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    history, deadline = tmp_path / "run" / "history.jsonl", time.monotonic() + 180
-    while time.monotonic() < deadline and child.poll() is None and not (history.exists() and '"step": 3' in history.read_text()):
-        time.sleep(0.05)
-    child.terminate()
-    out, _ = child.communicate(timeout=120)
-    assert child.returncode == 130, out
+    child = Fresh(["-m", "sd3tune", "train", str(tmp_path / "run.yaml"), "--data", str(bench.datasets)], tmp_path / "said.txt")
+    child.until_file(tmp_path / "run" / "history.jsonl", '"step": 3')
+    child.signal(signal.SIGTERM)
+    code, out = child.wait(), child.output
+    assert code == 130, out
     assert f"go on with: sd3tune train --resume {tmp_path / 'run'}" in out
     assert steps_of(RunFolder(tmp_path / "run"))
 

@@ -193,7 +193,7 @@ def test_any_bytes_are_a_checkpoint_error(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(("targets", "modules"), [("attention", 72), ("attention+context", 119), ("all-linear", 189)])
 def test_presets_of_targets(bench: Workbench, tmp_path: Path, targets: str, modules: int) -> None:
     """Each preset trains its layers, and both files hold exactly them."""
-    trainer = bench.trainer(lora_targets=targets, lr_warmup_steps=0)
+    trainer = bench.trainer(model_flavour="playground", lora_targets=targets, lr_warmup_steps=0)
     for _ in range(2):
         trainer.step()
     for layout in ("diffusers", "comfyui"):
@@ -215,7 +215,7 @@ DORA, BIG, ALL = {"use_dora": True, "lora_alpha": 4.0}, {"lora_alpha": 64.0}, {"
 )
 def test_stock_diffusers_predicts_what_the_trainer_predicts(bench: Workbench, tmp_path: Path, values: dict[str, Any], predict: Any) -> None:
     """DoRA, alpha = 4 x rank, and every linear layer: the transformer's output, here or in a process without sd3tune."""
-    trainer = bench.trainer(**values, lr_warmup_steps=0, learning_rate=5e-3)
+    trainer = bench.trainer(model_flavour="playground", **values, lr_warmup_steps=0, learning_rate=5e-3)
     for _ in range(6):
         trainer.step()
     trainer.save(tmp_path / "lora.safetensors")
@@ -230,7 +230,7 @@ def test_stock_diffusers_predicts_what_the_trainer_predicts(bench: Workbench, tm
 
 def test_verbs(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """inspect, verify, convert and merge, with their messages; nothing is overwritten."""
-    trainer = bench.trainer(lr_warmup_steps=0, learning_rate=5e-3)
+    trainer = bench.trainer(model_flavour="playground", lr_warmup_steps=0, learning_rate=5e-3)
     for _ in range(3):
         trainer.step()
     file, comfy, merged = tmp_path / "lora.safetensors", tmp_path / "comfy.safetensors", tmp_path / "merged"

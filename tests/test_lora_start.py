@@ -22,6 +22,12 @@ from sd3tune.models.adapters import Spec
 MODEL = st.presets.playground()
 
 
+@pytest.fixture(scope="module")
+def bench(grown: Workbench) -> Workbench:
+    """The whole playground: files for its own layers are read."""
+    return grown
+
+
 def moved(spec: Spec, seed: int = 0) -> tuple[Any, dict[str, Any]]:
     """A skeleton-sized model with an adapter whose weights are random."""
     model = components.load_transformer(MODEL, torch.device("cpu"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import Workbench
+from fresh import Fresh
 
 import sd3tune as st
 from sd3tune import cli, locking
@@ -218,19 +219,14 @@ def killed(bench: Workbench) -> tuple[Path, int]:
     file = bench.root / "killed.yaml"
     config.save(file)
     bench.cache(config)
-    child = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, str(file), str(bench.datasets)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if line == "step 5\n":
-            break
+    child = Fresh(["-c", CHILD, str(file), str(bench.datasets)], bench.root / "killed.txt")
+    child.until("step 5\n")
     folder = Path(config.run.output_dir)
     alive = st.open_run(folder)
     assert f"still running in process {child.pid} on " in alive.state
     with pytest.raises(st.TrainingError, match=rf"process {child.pid} on \S+ since \d+-\d+-\d+ .* is running this run"):
         alive.resume()
-    os.kill(child.pid, signal.SIGKILL)
+    child.signal(signal.SIGKILL)
     child.wait()
     return folder, child.pid
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -63,7 +62,7 @@ def read_elsewhere(datasets: Path, start: int, stop: int) -> list[str]:
     """The same by a process of its own."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from test_pairing import *; "
     code += f"print(*read(Path({str(datasets)!r}), {start}, {stop}), sep='\\n')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return fresh.run(["-c", code], datasets.parent / "said.txt").splitlines()
 
 
 @pytest.fixture

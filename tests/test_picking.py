@@ -41,6 +41,12 @@ FAST: dict[str, Any] = {"lr_warmup_steps": 0, "learning_rate": 5e-3, "eval_times
 
 
 @pytest.fixture(scope="module")
+def bench(grown: Workbench) -> Workbench:
+    """The whole playground: its pictures are scored, and drawn by stock diffusers."""
+    return grown
+
+
+@pytest.fixture(scope="module")
 def trained(bench: Workbench) -> Path:
     """A run with three checkpoints, and validation's pictures at each; its files are not to be changed."""
     trainer = bench.trainer(max_train_steps=6, evaluation_type="clip", **FAST)

@@ -90,10 +90,10 @@ def test_stable_values_are_the_guides() -> None:
 
 
 @pytest.mark.parametrize(("updates", "rate"), [(12, 5e-3), pytest.param(60, 2e-3, marks=pytest.mark.full)])
-def test_the_stable_values_learn(bench: Workbench, updates: int, rate: float) -> None:
+def test_the_stable_values_learn(grown: Workbench, updates: int, rate: float) -> None:
     """On the playground, with its own rate: the held-out loss falls below the base's."""
     values = {"optimizer": "adamw_bf16", "max_grad_norm": 0.1, "flow_schedule_shift": 1.0, "base_model_precision": "int8-quanto"}
-    trainer = bench.trainer(**values, max_train_steps=60, learning_rate=rate, eval_timesteps=4)
+    trainer = grown.trainer(**values, max_train_steps=60, learning_rate=rate, eval_timesteps=4)
     before = trainer.evaluate().loss
     for _ in range(updates):
         trainer.step()
@@ -101,14 +101,14 @@ def test_the_stable_values_learn(bench: Workbench, updates: int, rate: float) ->
 
 
 @pytest.mark.full
-def test_the_stable_values_learn_with_their_own_rate(bench: Workbench) -> None:
+def test_the_stable_values_learn_with_their_own_rate(grown: Workbench) -> None:
     """Rate, batch 12, norm, shift, int8 and warmup of the preset, on the playground: 60 updates take 4 % or more off the held-out loss."""
     preset = st.presets.load("stable").leaves()
     names = (
         "optimizer", "learning_rate", "max_grad_norm", "flow_schedule_shift", "base_model_precision", "train_batch_size",
         "gradient_accumulation_steps", "lr_scheduler", "lr_warmup_steps",
     )  # fmt: skip
-    config = bench.config(**{name: preset[name] for name in names}, max_train_steps=400, eval_timesteps=8, num_eval_images=24)
+    config = grown.config(**{name: preset[name] for name in names}, max_train_steps=400, eval_timesteps=8, num_eval_images=24)
     path = Path(__file__).parent.parent / "datasets.yaml"
     trainer = st.Trainer(config, st.CacheBuilder(st.plan(st.discover(path), config), st.encoders(config)).build())
     before = trainer.evaluate().loss
@@ -158,21 +158,21 @@ def test_every_row_has_a_case() -> None:
     assert len(CASES) == len(ROWS)
 
 
-def test_advice_is_shown(bench: Workbench) -> None:
+def test_advice_is_shown(grown: Workbench) -> None:
     """In the manifest, with its source."""
-    trainer = bench.trainer(optimizer="lion", learning_rate=1e-3)
+    trainer = grown.trainer(optimizer="lion", learning_rate=1e-3)
     assert "advice    Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4 (Chen et al. 2023, section 5)" in str(
         trainer.manifest
     )
-    assert not bench.trainer().manifest.advice
+    assert not grown.trainer().manifest.advice
 
 
-def test_the_panel_shows_it_as_the_form_changes(bench: Workbench) -> None:
+def test_the_panel_shows_it_as_the_form_changes(grown: Workbench) -> None:
     """It comes and goes with the fields' values, and changes nothing."""
     from sd3tune import panels
 
-    config = bench.config()
-    panel = panels.TrainingPanel(config, bench.cache(config))
+    config = grown.config()
+    panel = panels.TrainingPanel(config, grown.cache(config))
     assert panel.advice.value == ""
     panel.fields["validation_guidance_skip_layers"].value = "3"
     panel.fields["validation_guidance"].value = 6.0

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import psutil
 import pytest
 import several
 import torch
-from conftest import Workbench
+from conftest import Workbench, write_miniature
+from fresh import Fresh
 
 import sd3tune as st
 from sd3tune import panels, playground
@@ -51,6 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mask = Image.new("L", (width, height), 60)
         mask.paste(255, (16 * number % 64, 16, width - 20, height - 16))
         mask.save(root / "masks" / f"{name}.png")
+    write_miniature(root / "miniature")
     square = "resolution: 64, crop: true, crop_aspect: square"
     (root / "datasets.yaml").write_text(
         f"- {{id: some, instance_data_dir: train, {square}, conditioning_data: masks}}\n"
@@ -63,11 +66,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(data: Path, **more: Any) -> dict[str, Any]:
     quick: dict[str, Any] = {
-        "max_train_steps": 20, "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup", "learning_rate": 4e-4,
-        "gradient_accumulation_steps": 2, "validation_prompt": (), "eval_timesteps": 2, "num_eval_images": 2, "lora_rank": 4,
-        "checkpoint_step_interval": 1000, "cache_dir": str(data / "cache"), "output_dir": str(data / "runs" / "run"),
+        "model_flavour": None, "pretrained_model_name_or_path": str(data / "miniature"), "lora_rank": 4, "max_train_steps": 20,
+        "lr_warmup_steps": 3, "lr_scheduler": "constant_with_warmup", "learning_rate": 4e-4, "gradient_accumulation_steps": 2,
+        "validation_prompt": (), "eval_timesteps": 2, "num_eval_images": 2, "checkpoint_step_interval": 1000,
+        "cache_dir": str(data / "cache"), "output_dir": str(data / "runs" / "run"),
     }  # fmt: skip
-    return {k: v for k, v in {**quick, **more}.items() if v is not None}
+    return {**quick, **more}
 
 
 def write_job(folder: Path, data: Path, config: st.RunConfig, **more: Any) -> Path:
@@ -86,17 +90,23 @@ ALL: dict[str, Any] = {
 """Everything that is drawn for an image."""
 
 
-def told(data: Path, name: str, count: int, updates: int) -> list[dict[str, Any]]:
-    """Train with so many processes; what each of them wrote down."""
+def told(data: Path, name: str, count: int, updates: int, *, launched: bool = False) -> list[dict[str, Any]]:
+    """Train with so many processes, which torchrun may start; what each of them wrote down."""
     config = st.presets.playground(**settings(data, num_processes=count, train_batch_size=2 // count, max_train_steps=updates, **ALL))
     job = write_job(data / f"{name}-{updates}", data, config, poison=14, slower_from=5)
     if count == 1:
         several.main(job)
-    else:
+    elif launched:
         done = subprocess.run(
             [*TORCHRUN, several.__file__, str(job)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        shared = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+        ranks = [(rank, {**shared, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}) for rank in range(count)]
+        started = [Fresh([several.__file__, str(job)], job.with_name(f"said-{rank}.txt"), env) for rank, env in ranks]
+        for process in started:
+            assert process.wait() == 0, process.output
     return [json.loads(job.with_name(f"told-{rank}-of-{count}.json").read_text()) for rank in range(count)]
 
 
@@ -109,14 +119,20 @@ def flat(rows: list[Any]) -> torch.Tensor:
     return torch.tensor([value for row in rows for value in (row if isinstance(row, list) else [row])])
 
 
-@pytest.mark.parametrize("updates", [9, pytest.param(20, marks=pytest.mark.full)])
-def test_two_processes_are_one(data: Path, updates: int) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(("updates", "launched"), [(9, False), pytest.param(20, True, marks=pytest.mark.full)])
+def test_two_processes_are_one(data: Path, updates: int, launched: bool) -> None:
     """2 x 1 against 1 x 2 over 9 and 20 updates of 2 batches: the same losses and adapter, to 1e-5.
 
     With masks, regularisation, rollouts, short batches, a rate that a person lowers after update 5, and a poisoned picture that the guard
     skips.
     """
-    first, second = told(data, "two", 2, updates)
+    first, second = told(data, "two", 2, updates, launched=launched)
     (alone,) = told(data, "one", 1, updates)
     assert (first["count"], second["count"], alone["count"]) == (2, 2, 1)
     assert first["images"] + second["images"] == alone["images"]

@@ -126,9 +126,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def finished(bench: Workbench) -> RunFolder:
+def finished(grown: Workbench) -> RunFolder:
     """A run of two updates that has come to its end."""
-    trainer = bench.trainer(**QUICK, learning_rate=0.02, lora_alpha=32.0)
+    trainer = grown.trainer(**QUICK, learning_rate=0.02, lora_alpha=32.0)
     for _ in trainer.run():
         pass
     return trainer.folder

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from conftest import Workbench
@@ -49,9 +48,7 @@ def test_what_is_read_is_what_was_made(tmp_path: Path, precision: str, mixed: st
     config = st.presets.playground(base_model_precision=precision, cache_dir=str(tmp_path), mixed_precision=mixed)
     made = components.load_transformer(config, CPU)
     bits = [tensor.clone() for tensor in tensors_of(made)]
-    command = [sys.executable, "-W", "ignore", "-c", RELOAD, precision, str(tmp_path), mixed]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.run(["-c", RELOAD, precision, str(tmp_path), mixed], tmp_path / "said.txt")
     again, out = torch.load(tmp_path / "again")
     assert len(again) == len(bits) > 100
     assert all(one.dtype == two.dtype and torch.equal(one, two) for one, two in zip(bits, again, strict=True))

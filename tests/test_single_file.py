@@ -23,6 +23,12 @@ CPU = torch.device("cpu")
 OWN = playground.MODEL / "transformer" / "diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def bench(grown: Workbench) -> Workbench:
+    """The whole playground: its weights lie in one file, too."""
+    return grown
+
+
 def stability(state: dict[str, torch.Tensor], depth: int) -> dict[str, torch.Tensor]:
     """The layout of the released single files, built the other way round: three layers put together, halves exchanged."""
     made: dict[str, Any] = {}

@@ -170,7 +170,7 @@ def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(stud
         apart = torch.frombuffer(bytearray(seen.tobytes()), dtype=torch.uint8).float() - torch.frombuffer(
             bytearray(wanted.tobytes()), dtype=torch.uint8
         )
-        assert apart.abs().mean() < 4  # JPEG
+        assert apart.abs().mean() < 6  # JPEG; the two pictures are further apart
     view.which.value = -1
 
 
@@ -253,12 +253,12 @@ def test_what_saves_memory_is_ranked_and_those_that_go_on_come_first() -> None:
 
 
 def test_out_of_memory_offers_what_helps_and_one_click_goes_on_from_the_checkpoint(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grown: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An update that runs out of memory after a checkpoint; the click resumes there with what saves memory."""
     from sd3tune.training.engine import Engine
 
-    config = bench.config(
+    config = grown.config(
         max_train_steps=4,
         lr_warmup_steps=0,
         checkpoint_step_interval=2,
@@ -266,7 +266,7 @@ def test_out_of_memory_offers_what_helps_and_one_click_goes_on_from_the_checkpoi
         validation_disable=True,
         output_dir=str(tmp_path / "run"),
     )
-    panel, update = Studio(config, bench.cache(config), data=bench.datasets), Engine.update
+    panel, update = Studio(config, grown.cache(config), data=grown.datasets), Engine.update
 
     def short(self: Engine, **rules: Any) -> Any:
         if self.updates == 3:
@@ -290,7 +290,7 @@ def test_out_of_memory_offers_what_helps_and_one_click_goes_on_from_the_checkpoi
     assert not panel.relief.widget.children
     told = [row for row in RunFolder(Path(end.folder)).read_history() if row["type"] == "command" and row["name"] == "set"]
     assert told[-1]["value"] == {"gradient_checkpointing": True}
-    assert st.Trainer.resume(end.folder, bench.cache(config)).config.memory.gradient_checkpointing is True
+    assert st.Trainer.resume(end.folder, grown.cache(config)).config.memory.gradient_checkpointing is True
 
 
 # --- data, machine, files ------------------------------------------------------------------------------------------------

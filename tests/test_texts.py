@@ -302,7 +302,8 @@ def test_pictures_with_zeros_are_stock_pictures(bench: Workbench, stock: Any, tm
     """The trainer's and the class pictures are those of stock diffusers with the same zeros in negative_prompt_embeds, pixel by pixel."""
     layers = (7,) if t5 == "zero" else None
     run = bench.trainer(
-        sd3_clip_uncond_behaviour=clip, sd3_t5_uncond_behaviour=t5, validation_prompt=("lock",), validation_num_inference_steps=4,
+        model_flavour="playground", sd3_clip_uncond_behaviour=clip, sd3_t5_uncond_behaviour=t5, validation_prompt=("lock",),
+        validation_num_inference_steps=4,
         validation_guidance=4.0, validation_seed=3, validation_guidance_skip_layers=layers, validation_guidance_skip_layers_stop=0.9,
     )  # fmt: skip
     list(run.validation())

@@ -205,11 +205,11 @@ def test_an_evaluation_measures_training_pictures_and_the_distance_from_the_base
 
 
 @pytest.mark.parametrize(("updates", "every", "rate", "warmup"), [(9, 3, 8e-3, 0), pytest.param(40, 20, 3e-3, 5, marks=pytest.mark.full)])
-def test_a_run_on_two_pictures_over_fits(bench: Workbench, tmp_path: Path, updates: int, every: int, rate: float, warmup: int) -> None:
+def test_a_run_on_two_pictures_over_fits(grown: Workbench, tmp_path: Path, updates: int, every: int, rate: float, warmup: int) -> None:
     """Some updates at a high rate on two pictures: the held-out loss rises in the end, and the verdict is over-fitting."""
     datasets = write_datasets(tmp_path, train=2, heldout=4)
     settings: dict[str, Any] = {"lr_scheduler": "constant", "learning_rate": rate, "eval_steps_interval": every, "eval_timesteps": 4}
-    config = bench.config(validation_prompt=(), max_train_steps=updates, lr_warmup_steps=warmup, **settings)
+    config = grown.config(validation_prompt=(), max_train_steps=updates, lr_warmup_steps=warmup, **settings)
     trainer = st.Trainer(config, st.CacheBuilder(st.plan(st.discover(datasets), config), st.encoders(config)).build())
     found = [record for record in trainer.run() if isinstance(record, EvalRecord)]
     assert found[0].verdict == ""
@@ -221,9 +221,9 @@ def test_a_run_on_two_pictures_over_fits(bench: Workbench, tmp_path: Path, updat
     assert found[-1].verdict in trainer.folder.log.read_text()
 
 
-def test_a_healthy_run_does_not(bench: Workbench) -> None:
+def test_a_healthy_run_does_not(grown: Workbench) -> None:
     """The playground's pictures at its rate: learning, in the progress line and in the panel's log, too."""
-    trainer = bench.trainer(validation_prompt=(), learning_rate=1e-3, max_train_steps=10)
+    trainer = grown.trainer(validation_prompt=(), learning_rate=1e-3, max_train_steps=10)
     line, now, said = Line(trainer), Snapshot(), ""
     for record in trainer.run():
         line.read(record)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -338,11 +339,43 @@ def test_the_data_panel_says_what_is_wrong(bench: Workbench, tmp_path: Path) -> 
     panel.look()
     assert "no such folder" in panel.note.value
     assert panel.plan is None
-    panel.source.value = str(bench.datasets.parent / "train")
-    assert panel.plan is not None
-    panel.caption.value = "x"
+
+
+def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the_panel(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder, one picture of which has no caption, to a file that a run starts with; the folder stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    pictures = Path(shutil.copytree(bench.datasets.parent / "train", tmp_path / "my pots!"))
+    texts = sorted(pictures.glob("*.txt"))
+    texts[1].unlink()
+    before = {path: path.read_bytes() for path in pictures.iterdir()}
+    panel = DataPanel(bench.config(), tmp_path / "nowhere")
+    panel.source.value = str(pictures)
+    form = panel.folder_form
+    assert form.widget.layout.display == ""
+    assert (form.captions.value, form.side.value) == ("textfile", 64)
+    assert f"1 of {len(texts)} pictures have no caption, the first is {texts[1].stem}.png, and no run starts like that" in panel.note.value
+    panel.picture.value = next(k for name, k in panel.picture.options if name.endswith("(no caption)"))
+    panel.caption.value = "a pot of mine"
+    form.share.value = 7
     panel.save()
-    assert "A folder has no place for edited captions" in panel.note.value
+    assert "eval_share" in form.note.value
+    form.share.value = 0.25
+    panel.save()
+    assert panel.source.value == str(tmp_path / "my-pots.yaml")
+    assert "1 captions are kept in" in panel.note.value
+    assert form.widget.layout.display == "none"
+    assert panel.plan is not None
+    assert "a pot of mine" in {item.caption for item in panel.plan.catalog.items}
+    assert sum(item.held_out for item in panel.plan.catalog.items) == 3
+    assert st.plan(st.discover(panel.source.value), bench.config()).train
+    assert {path: path.read_bytes() for path in pictures.iterdir()} == before
+    panel.source.value = str(pictures)
+    form.captions.value = "filename"
+    form.write()
+    assert panel.source.value == str(tmp_path / "my-pots-2.yaml"), "nothing is overwritten"
+    assert f"Written to {tmp_path / 'my-pots-2.yaml'}" in panel.note.value
 
 
 def test_the_doctor_shows_what_stands_in_the_way_first_and_no_token(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def datasets_text(dataset: Dataset, found: str, folder: Path) -> str:
     if "://" not in place and Path(place).is_relative_to(home):
         place = os.path.relpath(place, home)
     lines = [
-        f"# Made by `sd3tune configure`: {found}.",
+        f"# Made by sd3tune: {found}.",
         "# `sd3tune plan` shows what becomes of it, before anything is encoded. More entries may follow.",
     ]
     keys = [one for one in fields(Dataset) if one.name == "id" or _said(dataset, one.name)]

@@ -94,9 +94,10 @@ def discover(source: str | Path) -> Catalog:
 
     Raises: ConfigError for entries that are wrong; DataError for a folder that is missing or holds no usable picture.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir() or "://" in str(source):
-        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=str(source))])
+        place = str(source) if "://" in str(source) else str(path)
+        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=place)])
     if path.suffix.lower() not in (".yaml", ".yml"):
         what = "is a file, not a folder" if path.exists() else f"no such folder (from {Path.cwd()})"
         raise DataError(f"{path}: {what}; give a folder of pictures or a datasets.yaml")

@@ -14,6 +14,7 @@ from sd3tune.errors import Sd3TuneError
 from sd3tune.files import write_text
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
+from sd3tune.panels.folder import FolderForm
 from sd3tune.panels.looks import button, put, row, sentence, small, tabs, tip
 from sd3tune.panels.pictures import jpeg
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sd3tune.config import RunConfig
     from sd3tune.data import Plan
     from sd3tune.data.buckets import Placement
+    from sd3tune.data.catalog import Catalog
 
 SHOWN = 24
 """Pictures of the contact sheet on one page."""
@@ -37,8 +39,9 @@ class DataPanel(Panel):
         self.plan: Plan | None = None
         self.source: Any = tip(
             widgets.Text(value=str(data), description="Data", continuous_update=False, layout={"width": "min(560px, 98%)"}),
-            "a datasets.yaml, or a folder of pictures with .txt captions",
+            "a folder of your pictures, or a datasets.yaml",
         )
+        self.folder_form = FolderForm(self._described)
         self.found, self.sizes, self.problems, self.pages = (widgets.HTML() for _ in range(4))
         self.page: Any = tip(widgets.IntText(value=1, description="Page", layout={"width": "150px"}), "of the contact sheet")
         self.picture: Any = widgets.Dropdown(options=[("none", -1)], description="Picture", layout={"width": "min(560px, 98%)"})
@@ -57,13 +60,15 @@ class DataPanel(Panel):
     def look(self) -> None:
         """Read the folders (headers alone, no model) and show what a run would do with them."""
         try:
-            self.plan = plan(discover(self.source.value), self.config)
+            self.folder_form.show(self.source.value, most=max(map(max, self.config.validation_sizes)))
+            catalog = discover(self.source.value)
+            self.plan = plan(catalog, self.config.replace(allow_missing_captions=True))
         except Sd3TuneError as error:
             self.plan = None
             self.say(str(error), bad=True)
             return
         made = self.plan
-        self.say("")
+        self.say("" if self.config.data.allow_missing_captions else self._missing(catalog), bad=True)
         put(
             self.found,
             sentence(made.sentence())
@@ -74,10 +79,27 @@ class DataPanel(Panel):
         rows = [*((p, "left out") for p in made.problems), *((p, "look at") for p in made.warnings or ())]
         put(self.problems, table(rows) or sentence("Nothing is left out."))
         self._show_page()
-        options = [(f"{k + 1}. {p.item.path.name}", k) for k, p in enumerate(self.cuts)] or [("none", -1)]
+        names = [f"{k + 1}. {p.item.path.name}{'' if p.item.captions else ' (no caption)'}" for k, p in enumerate(self.cuts)]
+        options = [(name, k) for k, name in enumerate(names)] or [("none", -1)]
         if list(self.picture.options) != options:
             self.picture.options = options
         self._choose()
+
+    @staticmethod
+    def _missing(catalog: Catalog) -> str:
+        gone = catalog.missing_captions
+        if not gone:
+            return ""
+        return (
+            f"{len(gone)} of {len(catalog.items)} pictures have no caption, the first is {gone[0].name}, and no run starts like that. "
+            "Write them under Captions and save, take the files' names (caption_strategy: filename), or set allow_missing_captions: true."
+        )
+
+    def _described(self, file: Path) -> None:
+        """A folder has a file now."""
+        self.source.value = str(file)
+        if self.plan is not None and not self.plan.catalog.missing_captions:
+            self.say(f"Written to {file}; a run takes the pictures from there.")
 
     @property
     def cuts(self) -> list[Placement]:
@@ -88,12 +110,13 @@ class DataPanel(Panel):
     def save(self) -> None:
         """Keep the edited captions in the file beside the data sets' file; the next run reads them."""
         data = Path(self.source.value)
-        if data.is_dir():
-            self.say(
-                "A folder has no place for edited captions that is not in it: write a datasets.yaml (sd3tune configure), or export.",
-                bad=True,
-            )
-            return
+        if data.expanduser().is_dir():  # edits lie beside a file, never in the folder
+            edited = {name: text for (_, name), text in self.edits.items()}
+            self.folder_form.write()
+            data = Path(self.source.value)
+            if data.is_dir() or self.plan is None:
+                return  # what is wrong is said already
+            self.edits = {(self.plan.catalog.datasets[0].id, name): text for name, text in edited.items()}
         edits: dict[str, dict[str, tuple[str, ...]]] = {}
         for (dataset, picture), text in self.edits.items():
             edits.setdefault(dataset, {})[picture] = (text,)
@@ -105,7 +128,9 @@ class DataPanel(Panel):
         count = len(self.edits)
         self.edits.clear()
         self.look()
-        self.say(f"{count} captions are kept in {path}; only they are encoded again.")
+        missing = self.plan.catalog.missing_captions if self.plan else ()
+        more = f" {len(missing)} pictures still have none, the first is {missing[0].name}." if missing else ""
+        self.say(f"{count} captions are kept in {path}; only they are encoded again.{more}", bad=bool(missing))
 
     def export(self) -> None:
         """Write every caption as a ``.txt`` file into a new folder; an existing one is refused."""
@@ -193,5 +218,6 @@ class DataPanel(Panel):
             "Pictures": widgets.VBox([self.page, self.pages]), "Captions": captions, "Sizes": self.sizes, "Problems": self.problems,
         }  # fmt: skip
         return widgets.VBox(
-            [row(self.source, look), self.note, self.found, tabs(parts)], layout=widgets.Layout(width="100%", max_width="1100px")
+            [row(self.source, look), self.note, self.folder_form.widget, self.found, tabs(parts)],
+            layout=widgets.Layout(width="100%", max_width="1100px"),
         )

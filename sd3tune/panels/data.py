@@ -52,6 +52,7 @@ class DataPanel(Panel):
         self.edits: dict[tuple[str, str], str] = {}
         """(data set, picture) -> a caption that was edited and is not saved yet."""
         self.widget = self._layout()
+        self.say("Name a folder of your pictures, or a datasets.yaml, and press Look. Nothing is written into the folder.")
         self.source.observe(lambda _: self.look(), "value")
         self.page.observe(lambda _: self._show_page(), "value")
         self.picture.observe(lambda _: self._choose(), "value")
@@ -109,6 +110,9 @@ class DataPanel(Panel):
 
     def save(self) -> None:
         """Keep the edited captions in the file beside the data sets' file; the next run reads them."""
+        if not self.edits:
+            self.say("No caption was edited, so there is nothing to keep.")
+            return
         data = Path(self.source.value)
         if data.expanduser().is_dir():  # edits lie beside a file, never in the folder
             edited = {name: text for (_, name), text in self.edits.items()}

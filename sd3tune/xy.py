@@ -1,12 +1,14 @@
-"""A grid of pictures over two settings of the validation, for the adapter as it is now."""
+"""A grid of pictures over two settings of the validation, for the adapter as it is now or as it was at checkpoints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sd3tune.candidates import weights_of, whole_checkpoints
 from sd3tune.config.sections import Validation
 from sd3tune.errors import ConfigError
 from sd3tune.records import NoticeRecord, Record
@@ -16,9 +18,14 @@ from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Drawn
 from sd3tune.validation.shots import Shot, shots_of
 from sd3tune.validation.validator import picture_of
+from sd3tune.validation.votes import Candidate
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+CHECKPOINT = "checkpoint"
+"""An axis that is no setting: steps of checkpoints, whose adapters draw in turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +49,24 @@ class XYGrid:
     def __init__(
         self, trainer: Trainer, x: tuple[str, Sequence[Any]], y: tuple[str, Sequence[Any]], *, prompt: str | None = None
     ) -> None:  # fmt: skip
-        """Raises: ConfigError for a setting that is not of the validation, or a value that this model cannot do."""
-        wrong = [name for name, _ in (x, y) if name not in Validation.__pydantic_fields__]  # type: ignore[attr-defined]
+        """Raises: ConfigError for a setting that is not of the validation, or a value that this model cannot do; CheckpointError for a
+        step without a whole checkpoint.
+        """
+        known = {CHECKPOINT, *Validation.__pydantic_fields__}  # type: ignore[attr-defined]
+        wrong = [name for name, _ in (x, y) if name not in known]
         if wrong:
             raise ConfigError(
                 [f"{name} is no setting of the validation; sd3tune settings validation lists them" for name in wrong], "the grid"
             )
         self._trainer, self.x, self.y = trainer, x, y
+        steps = [step for name, values in (x, y) if name == CHECKPOINT for step in values]
+        self._marks = whole_checkpoints(trainer.folder, steps) if steps else {}
         self._shots: dict[tuple[int, int], Shot] = {}
         for row, below in enumerate(y[1]):
             for column, beside in enumerate(x[1]):
-                config = trainer.config.replace(**{y[0]: below, x[0]: beside})
+                wanted = {y[0]: below, x[0]: beside}
+                wanted.pop(CHECKPOINT, None)
+                config = trainer.config.replace(**wanted)
                 trainer.check(config)
                 shots = [shot for shot in shots_of(config) if prompt is None or shot.prompt == prompt]
                 if not shots:
@@ -78,7 +92,8 @@ class XYGrid:
     def _draw(self, place: tuple[int, int]) -> Iterator[Record]:
         step, started, shot = self._trainer.steps_done, time.perf_counter(), self._shots[place]
         settings = {self.y[0]: self.y[1][place[0]], self.x[0]: self.x[1][place[1]]}
-        found = yield from picture_of(self._trainer.painted([shot]), step)
+        with self._adapter(settings.get(CHECKPOINT)):
+            found = yield from picture_of(self._trainer.painted([shot]), step)
         picture, problem = (found.picture, "") if isinstance(found, Drawn) else (None, found.why)
         clip = None if picture is None else self._trainer.score(picture, shot.prompt)
         self.cells[place] = XYRecord(
@@ -86,6 +101,14 @@ class XYGrid:
             problem=problem, picture=picture,
         )  # fmt: skip
         yield self.cells[place]
+
+    def _adapter(self, step: int | None) -> AbstractContextManager[None]:
+        """The adapter of a checkpoint, or the one that trains."""
+        if step is None:
+            return nullcontext()
+        trainer = self._trainer
+        weights = weights_of(trainer.folder, trainer.config, Candidate(step, 1.0, self._marks[step]))
+        return trainer.engine.judged(weights=weights)
 
     def grid(self) -> Grid:
         """What is drawn so far."""

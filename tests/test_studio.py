@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Workbench
 from PIL import Image
+from test_trainer import same_state
 
 import sd3tune as st
 from sd3tune.errors import CheckpointError, TrainingError
@@ -23,6 +24,9 @@ from sd3tune.models.savings import savings
 from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, codes, doctor, lab, record
 from sd3tune.panels.pictures import grid_at, in_words, shown_at
 from sd3tune.run_folder import RunFolder
+from sd3tune.validation.painter import Drawn
+from sd3tune.validation.shots import shots_of
+from sd3tune.xy import CHECKPOINT, XYGrid
 
 PATIENCE = 120
 
@@ -146,6 +150,48 @@ def test_values_of_an_axis() -> None:
     assert lab.values_of("validation_guidance_skip_layers", "none; 7, 8, 9; 6") == [None, (7, 8, 9), (6,)]
     assert lab.values_of("validation_seed", "1, 2") == [1, 2]
     assert lab.values_of("validation_guidance", "1; 2.5") == [1.0, 2.5]
+
+
+def test_a_grid_over_checkpoints_draws_with_each_ones_adapter_and_leaves_the_training_alone(bench: Workbench) -> None:
+    """The cells are, bit for bit, what the run drew at those steps; weights and moments stay."""
+    trainer = bench.trainer(max_train_steps=6, lr_warmup_steps=0, learning_rate=1e-2, validation_prompt=("lock",))
+    drawn: dict[int, Image.Image] = {}
+    for step in (2, 4):
+        while trainer.steps_done < step:
+            trainer.step()
+        trainer.checkpoint()
+        drawn[step] = next(event.picture for event in trainer.painted(shots_of(trainer.config)) if isinstance(event, Drawn))
+    trainer.step()
+    before = trainer.state_dict()
+    grid = XYGrid(trainer, (CHECKPOINT, [2, 4]), ("validation_seed", [trainer.config.validation_seed]))
+    list(grid)
+    assert [grid.cells[0, column].picture.tobytes() for column in (0, 1)] == [drawn[2].tobytes(), drawn[4].tobytes()]  # type: ignore[union-attr]
+    assert drawn[2].tobytes() != drawn[4].tobytes()
+    assert same_state(trainer.state_dict(), before)
+    assert list(grid.grid().columns) == ["checkpoint 2", "checkpoint 4"]
+    with pytest.raises(st.CheckpointError, match="there is no checkpoint of step 3; there are 2, 4"):
+        XYGrid(trainer, (CHECKPOINT, [3]), ("validation_seed", [1]))
+
+
+def test_the_lab_offers_the_runs_checkpoints(studio: Studio) -> None:
+    """As an axis; a cell's checkpoint becomes the one to rewind to, and a step without one is refused in words."""
+    board = studio.lab
+    assert studio.runner.snapshot.state == "paused"
+    board.y.value, board.x.value = "validation_seed", "checkpoint"
+    assert "4" in board.xs.value.split(", ")
+    board.xs.value = "4"
+    board.ys.value = str(studio.config.validation_seed)  # what the run draws stays the same
+    board.draw()
+    studio.wait(PATIENCE, until=lambda now: bool(now.cells) and now.cells[0].settings.get("checkpoint") == 4 and now.state == "paused")
+    studio.refresh()
+    board.cell.value = "0,0"
+    studio.checkpoint.value = studio.checkpoint.options[-1][1]
+    board.use()
+    assert "Rewind goes back to step 4" in board.note.value
+    assert studio.checkpoint.value == 4
+    board.xs.value = "99"
+    board.draw()
+    studio.wait(PATIENCE, until=lambda now: "no checkpoint of step 99" in now.refused)
 
 
 def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(studio: Studio) -> None:

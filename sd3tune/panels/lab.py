@@ -14,7 +14,7 @@ from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import button, put, row, sentence, tip
 from sd3tune.panels.pictures import jpeg
 from sd3tune.panels.run import RunPanel
-from sd3tune.xy import XYGrid, XYRecord, grid_of, label
+from sd3tune.xy import CHECKPOINT, XYGrid, XYRecord, grid_of, label
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
@@ -27,7 +27,9 @@ AXES = {
     "validation_adapter_strength": "0, 0.5, 1, 1.3", "validation_num_inference_steps": "14, 28, 50", "validation_seed": "1, 2, 3",
     "validation_shift": "1.5, 3, 5", "validation_noise_scheduler": "euler, heun, dpm, unipc",
 }  # fmt: skip
-"""Settings that an axis may have, with values to begin with."""
+"""Settings that an axis may have, with values to begin with. Another axis is the run's checkpoints."""
+
+WHOLE = (CHECKPOINT, "validation_num_inference_steps", "validation_seed")
 
 
 class GridLab(Displayed):
@@ -35,7 +37,7 @@ class GridLab(Displayed):
 
     def __init__(self, panel: RunPanel) -> None:
         self.panel = panel
-        options = [(fields.label(name), name) for name in AXES]
+        options = [*((fields.label(name), name) for name in AXES), ("Checkpoint", CHECKPOINT)]
         narrow, wide = {"width": "min(300px, 98%)"}, {"width": "min(420px, 98%)"}
         self.x: Any = widgets.Dropdown(options=options, value="validation_guidance", description="Across", layout=narrow)
         self.y: Any = widgets.Dropdown(options=options, value="validation_guidance_skip_scale", description="Down", layout=narrow)
@@ -66,7 +68,7 @@ class GridLab(Displayed):
             layout=widgets.Layout(width="100%", max_width="1100px"),
         )
         for axis, values in ((self.x, self.xs), (self.y, self.ys)):
-            axis.observe(lambda change, values=values: setattr(values, "value", AXES[change["new"]]), "value")
+            axis.observe(lambda change, values=values: setattr(values, "value", self._first(change["new"])), "value")
             values.value = AXES[axis.value]
         panel.draft.observe(lambda _: self._prompts(), "config")
         panel.watchers.append(self.look)
@@ -115,9 +117,21 @@ class GridLab(Displayed):
         if found is None:
             put(self.note, sentence("Draw a grid first.", bad=True))
             return
-        problems = self.panel.draft.change(**found.settings)
+        settings = {name: value for name, value in found.settings.items() if name != CHECKPOINT}
+        problems = self.panel.draft.change(**settings)
         said = "; ".join(problems.values()) or f"Taken over: {_words(found)}."
+        step = found.settings.get(CHECKPOINT)
+        if step is not None and not problems:
+            said += f" The run stays where it is: Rewind goes back to step {step}, and Export writes that step's adapter."
+            if step in [value for _, value in self.panel.checkpoint.options]:
+                self.panel.checkpoint.value = step
         put(self.note, sentence(said, bad=bool(problems)))
+
+    def _first(self, axis: str) -> str:
+        """Values to begin with."""
+        if axis == CHECKPOINT:
+            return ", ".join(str(step) for _, step in self.panel.checkpoint.options if step >= 0)
+        return AXES[axis]
 
     def _prompts(self) -> None:
         options = [("first prompt", None), *((one.name or "no prompt", one.prompt) for one in self.panel.config.prompts)]
@@ -131,6 +145,7 @@ def _words(cell: XYRecord) -> str:
 
 def values_of(name: str, typed: str) -> list[Any]:
     """The values of an axis as they were typed. Raises: ConfigError."""
+    called = "Checkpoint" if name == CHECKPOINT else fields.label(name)
     parts = typed.split(";") if name == "validation_guidance_skip_layers" else re.split(r"[,;]", typed)
     found = []
     for part in parts:
@@ -143,9 +158,9 @@ def values_of(name: str, typed: str) -> list[Any]:
             found.append(text)
         else:
             try:
-                found.append(int(text) if name in ("validation_num_inference_steps", "validation_seed") else float(text))
+                found.append(int(text) if name in WHOLE else float(text))
             except ValueError:
-                raise ConfigError([f"{fields.label(name)}: {text!r} is not a number"], "the grid") from None
+                raise ConfigError([f"{called}: {text!r} is not a {'whole ' if name in WHOLE else ''}number"], "the grid") from None
     if not found:
-        raise ConfigError([f"{fields.label(name)} has no values"], "the grid")
+        raise ConfigError([f"{called} has no values"], "the grid")
     return found

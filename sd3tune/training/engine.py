@@ -212,12 +212,12 @@ class Engine:
         )  # fmt: skip
 
     @contextmanager
-    def judged(self, *, ema: bool = False) -> Iterator[None]:
-        """The weights that are to be judged (or their running average), for the duration of the block or until the next update.
+    def judged(self, *, ema: bool = False, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """The weights that are to be judged (their running average, or others), for the duration of the block or until the next update.
 
         Then they are those that train, bit by bit.
         """
-        better = self.ema if ema else averaged(self._optimizer, self.weights)
+        better = weights or (self.ema if ema else averaged(self._optimizer, self.weights))
         swapped = bool(better) and not self._aside
         if swapped:
             self._aside = {name: weight.detach().clone() for name, weight in self.weights.items()}

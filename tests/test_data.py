@@ -496,3 +496,13 @@ def test_texts_and_steps_of_a_plan(tmp_path: Path) -> None:
     assert plan.steps == 2, "3 epochs of 2 batches are 6 forward passes, and an update takes 4"
     assert st3.plan(catalog, config.replace(eval_loss_disable=True)).evaluation == ()
     assert "held out: 3 images, 2 of them judged (num_eval_images); texts to encode: 6" in str(plan)
+
+
+def test_a_tilde_is_ones_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a folder and for a file of data sets."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pots").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "pots" / "a.png")
+    (tmp_path / "sets.yaml").write_text("- {id: pots, instance_data_dir: pots}\n")
+    for source in ("~/pots", Path("~/sets.yaml")):
+        assert [item.path for item in discover(source).items] == [tmp_path / "pots" / "a.png"]

@@ -1,7 +1,8 @@
 """What drawing costs: our sampler beside the bare pipeline, prompts together beside one by one, previews beside none.
 
 On the playground at 64 px, by process time, one thread, the arms in turn; each figure is a median of ratios to the pipeline's time for the
-same pictures in the same round. python benchmarks/validation.py [--rounds 8] [--prompts 8] [--steps 20]
+same pictures in the same round. Our own overhead is told apart from the machine's noise picture by picture: the same picture by both, one
+right after the other. python benchmarks/validation.py [--rounds 8] [--prompts 8] [--steps 20] [--pairs 60]
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=60)
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = pick_device()
@@ -41,7 +43,8 @@ def main() -> None:
         config = st.presets.playground(
             validation_prompt=prompts, validation_num_inference_steps=options.steps, cache_dir=str(Path(name) / "cache")
         )
-        arms = arms_of(config, device, len(prompts))
+        arms, singles = arms_of(config, device, len(prompts))
+        pairs(singles, options.pairs)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for number in range(options.rounds + 1):
             for arm, draw in arms.items():
@@ -60,8 +63,26 @@ def main() -> None:
     print(f"decoding {len(prompts)} previews {1000 * decoding:.1f} ms, {options.steps} times {options.steps * decoding:.3f} s")
 
 
-def arms_of(config: st.RunConfig, device: torch.device, count: int) -> dict[str, Callable[[], Any]]:
-    """Name -> what is timed."""
+def pairs(singles: list[tuple[Callable[[], Any], Callable[[], Any]]], count: int) -> None:
+    """Our time for one picture as a share of the pipeline's, over pairs in alternating order; the first of each picture warms up."""
+    ratios = []
+    for number in range(count + len(singles)):
+        theirs, ours = singles[number % len(singles)]
+        seconds = {}
+        for arm in (theirs, ours) if number // len(singles) % 2 else (ours, theirs):
+            started = time.process_time()
+            arm()
+            seconds[arm is ours] = time.process_time() - started
+        if number >= len(singles):
+            ratios.append(seconds[True] / seconds[False])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    print(f"one picture, ours / the pipeline's: median {middle:.4f} (quartiles {low:.3f} to {high:.3f}) over {count} pairs", flush=True)
+
+
+def arms_of(
+    config: st.RunConfig, device: torch.device, count: int
+) -> tuple[dict[str, Callable[[], Any]], list[tuple[Callable[[], Any], Callable[[], Any]]]]:
+    """Name -> what is timed; and for each picture the pipeline's drawing and ours."""
     stock = StableDiffusion3Pipeline.from_pretrained(playground.MODEL, torch_dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     texts, shots = texts_of(config), shots_of(config)
@@ -82,13 +103,18 @@ def arms_of(config: st.RunConfig, device: torch.device, count: int) -> dict[str,
     def ours(painter: Any, most: int) -> None:
         assert sum(isinstance(event, Drawn) for event in painter.draw(shots, most)) == count
 
-    return {
+    singles = [
+        (lambda i=i: pipeline(slice(i, i + 1)), lambda i=i: list(plain.draw(shots[i : i + 1], 1)))  # type: ignore[misc]
+        for i in range(count)
+    ]
+    arms = {
         "pipeline, one by one": lambda: [pipeline(slice(i, i + 1)) for i in range(count)],
         "ours, one by one": lambda: ours(plain, 1),
         "pipeline, together": lambda: pipeline(slice(None)),
         "ours, together": lambda: ours(plain, count),
         "ours, together, each step shown": lambda: ours(shown, count),
     }
+    return arms, singles
 
 
 def least(work: Callable[[], Any], tries: int = 20) -> float:

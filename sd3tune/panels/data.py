@@ -29,7 +29,7 @@ SHOWN = 24
 
 
 class DataPanel(Panel):
-    """Looks at a file of data sets (or a folder) with the draft's settings; ``plan`` is what a run would train on.
+    """Looks at a file of data sets (or a folder) with the draft's settings; ``plan`` is what a run would train on, with captions for all.
 
     Edited captions go to a file beside the data sets' file, and as ``.txt`` only into a new folder.
     """
@@ -103,6 +103,10 @@ class DataPanel(Panel):
             self.say(f"Written to {file}; a run takes the pictures from there.")
 
     @property
+    def _place(self) -> Path:
+        return Path(self.source.value).expanduser()
+
+    @property
     def cuts(self) -> list[Placement]:
         """The pictures of the plan, each once, in the plan's order."""
         made = self.plan
@@ -113,19 +117,17 @@ class DataPanel(Panel):
         if not self.edits:
             self.say("No caption was edited, so there is nothing to keep.")
             return
-        data = Path(self.source.value)
-        if data.expanduser().is_dir():  # edits lie beside a file, never in the folder
+        if self._place.is_dir():  # edits lie beside a file, never in the folder
             edited = {name: text for (_, name), text in self.edits.items()}
             self.folder_form.write()
-            data = Path(self.source.value)
-            if data.is_dir() or self.plan is None:
+            if self._place.is_dir() or self.plan is None:
                 return  # what is wrong is said already
             self.edits = {(self.plan.catalog.datasets[0].id, name): text for name, text in edited.items()}
         edits: dict[str, dict[str, tuple[str, ...]]] = {}
         for (dataset, picture), text in self.edits.items():
             edits.setdefault(dataset, {})[picture] = (text,)
         try:
-            path = overlay.save(data, edits)
+            path = overlay.save(self._place, edits)
         except Sd3TuneError as error:
             self.say(str(error), bad=True)
             return

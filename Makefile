@@ -39,7 +39,7 @@ test: lint
 # Two at a time where pytest-xdist is installed. The first one encodes what all of them share, so that they do not do it twice.
 notebooks: $(READY)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks/01_first_lora.ipynb
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 $$($(BIN)/python -c 'import xdist' 2>/dev/null && printf %s '-n 2') \
+	$(BIN)/python -m pytest --durations=15 --nbmake --nbmake-timeout=300 $$($(BIN)/python -c 'import xdist' 2>/dev/null && printf %s '-n 2') \
 		--ignore=notebooks/quickstart.ipynb --ignore=notebooks/04_the_panel.ipynb --ignore=notebooks/01_first_lora.ipynb notebooks
 
 # The panels as Colab has them: its ipywidgets and an older kernel, beside everything else of the first environment.

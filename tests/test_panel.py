@@ -181,6 +181,23 @@ def test_a_drawing_is_made_anew_seldom_and_only_for_something_new() -> None:
     assert widget.value == "100"
 
 
+def test_a_costly_drawing_takes_one_part_in_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 300 simulated seconds, 0.2 s each: once a second would take a fifth of the time. The first one, which loads a library, sets no pace."""
+    import ipywidgets
+
+    spent, costs = [0.0], iter([9.0, *[0.2] * 99])
+    monkeypatch.setattr("sd3tune.panels.redrawn.time.thread_time", lambda: spent[0])
+
+    def draw(now: Snapshot) -> str:
+        spent[0] += next(costs)
+        return str(now.count)
+
+    one = run.Redrawn(lambda now: now.count, (draw, ipywidgets.HTML()))
+    for tenth in range(3000):
+        one.look(Snapshot(state="training", count=tenth), tenth / 10)
+    assert spent[0] - 9.0 == pytest.approx(0.01 * 300, rel=0.08)
+
+
 def test_status_says_state_step_loss_rate_time_money_and_memory() -> None:
     from test_runner import step_record
 

@@ -35,6 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     scorer = Scorer.load(playground.SCORER)
+    rises: dict[str, list[list[float]]] = {ending: [] for ending in ENDINGS}
     with tempfile.TemporaryDirectory() as name:
         for seed in range(options.seeds):
             folder = run(Path(name), seed, options.steps)
@@ -43,17 +44,23 @@ def main() -> None:
                 texts = [caption + ending for caption in HELD_OUT]
                 before, after = scorer.scores(base, texts), scorer.scores(lora, texts)
                 rise = [b - a for a, b in zip(before, after, strict=True)]
-                error = 2 * statistics.stdev(rise) / len(rise) ** 0.5
+                rises[ending].append(rise)
                 shown = f"caption{ending}"
                 print(
-                    f"seed {seed}  {shown:26} base {summary(before).mean:.3f}  LoRA {summary(after).mean:.3f}  "
-                    f"difference {statistics.mean(rise):+.3f} (2 standard errors {error:.3f})",
+                    f"seed {seed}  {shown:26} base {summary(before).mean:.3f}  LoRA {summary(after).mean:.3f}  difference {spread(rise)}",
                     flush=True,
                 )
+    for ending, rows in rises.items():  # a caption is one sample, whatever the number of seeds
+        print(f"all seeds  caption{ending}: difference {spread([statistics.mean(column) for column in zip(*rows, strict=True)])}")
     real = [read_rgb(playground.PICTURES / "heldout" / f"{'-'.join(caption.split())}.png") for caption in HELD_OUT]
     shuffled = [summary(scorer.scores(real, rotated(HELD_OUT, seed))).mean for seed in range(3)]
     own = summary(scorer.scores(real, HELD_OUT))
     print(f"real pictures: own captions {own}, shuffled {', '.join(f'{mean:.3f}' for mean in shuffled)}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, with two standard errors of it."""
+    return f"{statistics.mean(values):+.3f} (2 standard errors {2 * statistics.stdev(values) / len(values) ** 0.5:.3f})"
 
 
 def run(folder: Path, seed: int, steps: int) -> st.Trainer:

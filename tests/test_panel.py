@@ -182,7 +182,7 @@ def test_a_drawing_is_made_anew_seldom_and_only_for_something_new() -> None:
 
 
 def test_a_costly_drawing_takes_one_part_in_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.2 s each, for 300 simulated seconds: once a second would take a fifth of them. The first one, which loads a library, sets no pace."""
+    """0.2 s each, for 300 simulated seconds: once a second would take a fifth. The first one, which loads a library, sets no pace."""
     import ipywidgets
 
     spent, costs = [0.0], iter([9.0, *[0.2] * 99])

@@ -459,9 +459,9 @@ def test_skip_leaves_the_batch_out_for_good_and_replays(bench: Workbench) -> Non
     assert list(st.replay(trainer.folder.path))[-1].text == "replayed 8 updates: the adapter is the same, bit for bit"  # type: ignore[attr-defined]
 
 
-def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(bench: Workbench) -> None:
+def test_a_mad_rate_is_caught_and_rolled_back_until_it_learns(grown: Workbench) -> None:
     """A learning rate of 1: caught within 3 updates each time, halved until the run ends finite and better than the base."""
-    trainer = bench.trainer(
+    trainer = grown.trainer(
         validation_prompt=(), max_train_steps=40, guard_policy="rollback", guard_rollbacks=12, learning_rate=1.0, lr_scheduler="cosine",
         num_eval_images=4, lr_warmup_steps=0,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def strip(
             if one.stretches:
                 axes.plot([s.last for s in one.stretches], [s.smooth for s in one.stretches], color=colour, linewidth=1.3, label=label)
         _dress(axes, name, total, marks)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=6, ncols=2, handlelength=1)
     says = "; ".join(
         spoken(found, name=name) if isinstance(found, Curve) else ", ".join(spoken(c, name=f"{name} {k}") for k, c in found.items())

@@ -49,7 +49,7 @@ KINDS = ({"algo": "lokr", "factor": 4}, {"algo": "loha"}, {"algo": "full", "full
 @pytest.mark.parametrize("values", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[1:])], ids=lambda v: v["algo"])
 def test_lycoris_reads_what_was_trained(bench: Workbench, tmp_path: Path, values: dict[str, Any]) -> None:
     """Begins as the base, learns, and its file gives the same prediction through lycoris alone."""
-    trainer = bench.trainer(lora_type="lycoris", lycoris_config=written(tmp_path, **values), lr_warmup_steps=0, learning_rate=2e-3)
+    trainer = bench.trainer(lora_type="lycoris", lycoris_config=written(tmp_path, **values), lr_warmup_steps=0, learning_rate=1e-2)
     model, network = trainer.transformer.eval(), trainer.network.eval()
     base = predicted(model)
     network.train()

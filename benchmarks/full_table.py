@@ -1,6 +1,7 @@
 """The table of a complete ``make test-full``, from the file that it leaves: for each part what passed, and in how long.
 
-python benchmarks/full_table.py FULL.xml
+Rows that were run again, with files of their own, count as they were the last time.
+python benchmarks/full_table.py FULL.xml [AGAIN.xml ...]
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ import argparse
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("xml", type=Path)
+    parser.add_argument("xml", type=Path, nargs="+")
     print(table(parser.parse_args().xml))
 
 
-def table(xml: Path) -> str:
+def table(files: Sequence[Path]) -> str:
     """A line for each test with its rows, and one for all of them."""
+    cases = {(case.attrib["classname"], case.attrib["name"]): case for xml in files for case in ElementTree.parse(xml).iter("testcase")}
     outcomes: dict[tuple[str, str], list[str]] = defaultdict(list)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
-    for case in ElementTree.parse(xml).iter("testcase"):
+    for case in cases.values():
         name = (case.attrib["classname"].rpartition(".")[2], case.attrib["name"].partition("[")[0])
         outcomes[name].append(next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"))
         seconds[name] += float(case.attrib["time"])

@@ -16,6 +16,7 @@ from sd3tune.assembly import rule_of, write_noted
 from sd3tune.config.library import parse_size
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, ConfigError, FileError
+from sd3tune.files import free_name
 from sd3tune.history import newest_chain, read_lines
 from sd3tune.models import components
 from sd3tune.models.lora_files import Verified
@@ -127,7 +128,7 @@ def promote(
     """
     if not candidate.step:
         raise CheckpointError(f"{folder.path}: nothing was learned yet at step 0; choose another step")
-    out = Path(path).absolute() if path is not None else _free(folder.path / "picked.safetensors")
+    out = Path(path).absolute() if path is not None else free_name(folder.path / "picked.safetensors")
     if out.exists():
         raise FileError(f"{out}: is already there; give another name")
     if not candidate.mark:
@@ -147,15 +148,6 @@ def promote(
     with loaded(config, adapter_file(folder, candidate.step), components.pick_device()) as (transformer, network):
         exchange(transformer, network, weights, str(candidate))
         return Promoted(out, candidate, folded, write_noted(out, weights, config, notes, network=network, layout=layout))
-
-
-def _free(path: Path) -> Path:
-    """``picked.safetensors``, or ``picked-2.safetensors``, ``-3``, ...: the first that is not there yet."""
-    number, found = 1, path
-    while found.exists():
-        number += 1
-        found = path.with_stem(f"{path.stem}-{number}")
-    return found
 
 
 def _described(folder: RunFolder, config: RunConfig, title: str) -> dict[str, str]:

@@ -118,6 +118,15 @@ def new_numbered_folder(path: Path) -> Path:
                 return candidate
 
 
+def free_name(path: Path) -> Path:
+    """``name.yaml``, or ``name-2.yaml``, ``-3``, ...: the first that is not there yet."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
+
+
 def digest(*parts: str | bytes | memoryview) -> str:
     """SHA-256 over length-prefixed parts, in hexadecimal."""
     total = hashlib.sha256()

@@ -35,7 +35,6 @@ def captions_question(wizard: Wizard) -> Question:
     offered += [
         Choice(table.rpartition(".")[2], f"the table {table}") for table in {t.rpartition(".")[2]: t for t in found.tables}.values()
     ]
-    best = "textfile" if found.captioned else "filename" if found.names else "instanceprompt"
 
     def check(value: str) -> str:
         if value not in ("csv", "jsonl", "parquet"):
@@ -47,7 +46,7 @@ def captions_question(wizard: Wizard) -> Question:
         return ""
 
     return Question("caption_strategy", "Where do the captions come from?", "The words of captions are what the adapter will answer to.",
-                    "choice", best, tuple(offered), check)  # fmt: skip
+                    "choice", found.caption_strategy, tuple(offered), check)  # fmt: skip
 
 
 def trigger_question(wizard: Wizard) -> Question:

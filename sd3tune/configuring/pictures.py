@@ -48,6 +48,11 @@ class Pictures:
         return next((size for size in RESOLUTIONS if size <= 1.1 * self.side), max(16, int(self.side) // 16 * 16))
 
     @property
+    def caption_strategy(self) -> str:
+        """Where captions may come from, by what lies there."""
+        return "textfile" if self.captioned else "filename" if self.names else "instanceprompt"
+
+    @property
     def shapes(self) -> int:
         """How many clearly different shapes (width / height, in steps of a tenth) there are."""
         return len({round(width / height, 1) for width, height in self.sizes})

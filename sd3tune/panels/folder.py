@@ -12,7 +12,7 @@ from sd3tune.configuring import outcome
 from sd3tune.configuring.pictures import Pictures, look
 from sd3tune.configuring.writing import datasets_text
 from sd3tune.errors import Sd3TuneError
-from sd3tune.files import write_text
+from sd3tune.files import free_name, write_text
 from sd3tune.panels.looks import button, put, row, sentence, tip, visible
 
 CAPTIONS = (("a .txt file beside each picture", "textfile"), ("each file's name", "filename"), ("one text for all", "instanceprompt"))
@@ -53,7 +53,7 @@ class FolderForm:
         found = self._found = look(source)
         put(self.note, "")
         put(self.said, sentence(f"{found}\nThe rest is for you to say; it goes into a file of its own, not into the folder."))
-        self.captions.value = "textfile" if found.captioned else "filename" if found.names else "instanceprompt"
+        self.captions.value = found.caption_strategy
         self.side.value = min(found.resolution, most)
 
     def write(self) -> None:
@@ -65,9 +65,7 @@ class FolderForm:
         }  # fmt: skip
         try:
             dataset = outcome.dataset_from(answers, self._found)
-            path, number = Path(f"{dataset.id}.yaml").absolute(), 2
-            while path.exists():
-                path, number = path.with_name(f"{dataset.id}-{number}.yaml"), number + 1
+            path = free_name(Path(f"{dataset.id}.yaml").absolute())
             write_text(path, datasets_text(dataset, str(self._found).splitlines()[0], path.parent))
         except Sd3TuneError as error:
             put(self.note, sentence(str(error), bad=True))

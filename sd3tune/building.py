@@ -9,8 +9,8 @@ import torch
 
 from sd3tune.assembly import begin, check_sizes, check_texts, checkpointing, rules_of, spec_of
 from sd3tune.cache import Cache
-from sd3tune.config.advice import advice
 from sd3tune.config.schema import RunConfig
+from sd3tune.data.wording import considered
 from sd3tune.manifest import Manifest, describe
 from sd3tune.models import adapters, capabilities, components, lycoris_adapters
 from sd3tune.models.tokens import truncated
@@ -68,11 +68,17 @@ def build(config: RunConfig, cache: Cache, processes: Processes, *, fresh: bool)
     return Parts(device, transformer, network, engine, said)
 
 
+def marks_of(config: RunConfig, cache: Cache) -> dict[str, str]:
+    """Digests of the models that a run is made of."""
+    texts, latents = cache.fingerprints
+    return {"text encoders": texts, "autoencoder": latents, "base model": components.transformer_weights(config).sample}
+
+
 def manifest_of(config: RunConfig, cache: Cache, parts: Parts) -> Manifest:
     """What a run is about to do, measured from what was loaded."""
     engine = parts.engine
     cut_off = tuple(truncated(config, sorted({c for p in cache.plan.train for c in p.item.captions})))
     return describe(
         cache, parts.transformer, engine.weights, engine.rules, engine.batches, truncated=cut_off,
-        seconds_per_update=engine.seconds_per_update(), pictures=in_words(config), advice=tuple(map(str, advice(config))),
+        seconds_per_update=engine.seconds_per_update(), pictures=in_words(config), advice=tuple(map(str, considered(config, cache.plan))),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from email.parser import HeaderParser
 from importlib import metadata
@@ -15,7 +15,10 @@ from sd3tune.data.planning import Plan
 from sd3tune.data.timeline import phase_of
 from sd3tune.shown import Shown
 
-PACKAGES = ("sd3tune", "torch", "diffusers", "transformers", "peft", "lycoris-lora", "optimum-quanto", "bitsandbytes")
+PACKAGES = (
+    "sd3tune", "torch", "diffusers", "transformers", "peft", "lycoris-lora", "optimum-quanto", "bitsandbytes", "torch-optimi", "prodigyopt",
+    "schedulefree",
+)  # fmt: skip
 """What can change a run's bits."""
 
 
@@ -27,7 +30,7 @@ class Certificate(Shown):
     differs: tuple[str, ...]
 
     def __str__(self) -> str:
-        apart = [f"differs: {line}" for line in self.differs] or ["nothing differs: software and data are those of the checkpoint"]
+        apart = [f"differs: {line}" for line in self.differs] or ["nothing differs: software, models and data are those of the checkpoint"]
         return "\n".join([*self.lines, *apart])
 
 
@@ -51,9 +54,14 @@ def installed() -> str:
 
 
 def certify(
-    state: Mapping[str, Any], made: Plan, *, steps: int, learning_rate: float, changes: Mapping[str, Any], processes: int
-) -> Certificate:
-    """The certificate of a state that was read back, for a plan whose order is known to be the same."""
+    state: Mapping[str, Any], made: Plan, *, steps: int, learning_rate: float, changes: Mapping[str, Any], processes: int,
+    made_of: Mapping[str, str], lost: Sequence[tuple[int, str, Any]] = (), stays: str = "",
+) -> Certificate:  # fmt: skip
+    """The certificate of a state that was read back, for a plan whose order is known to be the same.
+
+    ``made_of`` has digests of the models, ``lost`` the settings that were changed after the checkpoint, ``stays`` the folder of the
+    newest checkpoint of what is left behind.
+    """
     step = int(state["updates"])
     batch = int(state.get("next", step)) * made.accumulation
     phase = phase_of(made.phases, batch)
@@ -66,10 +74,14 @@ def certify(
         f"put back: {len(state['adapter'])} adapter tensors, {len(moments)} of the optimizer" + (f", {mean} averages" if mean else ""),
         f"learning rate of the next update {learning_rate:.4g}",
         *(f"passed over: {damaged}" for damaged in state["passed_over"]),
+        *(f"changed after the checkpoint, and no longer so: {name} = {value}, at step {at}" for at, name, value in lost),
         *(f"changed by you: {name} = {value}" for name, value in changes.items()),
+        *([f"left behind, and kept for good: {stays}"] if stays else []),
     ]
     if state.get("skipped"):
         lines.append(f"left out for good by the guard: {len(state['skipped'])} updates' batches")
     then, now = state.get("versions", {}), versions(processes)
     apart = [f"{name} was {then[name]} and is {now[name]}" for name in now if name in then and then[name] != now[name]]
+    known = state.get("made_of", {})
+    apart += [f"the weights of the {name} are not those of then" for name, mark in made_of.items() if known.get(name, mark) != mark]
     return Certificate(tuple(lines), tuple(apart))

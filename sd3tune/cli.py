@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sd3tune as st
-from sd3tune import cli_configure, cli_data, cli_runs, cli_settings
+from sd3tune import cli_configure, cli_data, cli_runs, cli_settings, cli_train
 from sd3tune.cli_data import config_of
+from sd3tune.cli_train import DATA, encoded_with_a_bar
 from sd3tune.errors import ConfigError, Sd3TuneError
 
 if TYPE_CHECKING:
     from sd3tune.data import Plan
-    from sd3tune.trainer import Trainer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,15 +45,14 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text in (
         ("plan", _plan, "show what would be trained on, and write nothing"),
-        ("train", _train, "encode what is missing, train, validate, save"),
+        ("train", cli_train.run, "encode what is missing, train, validate, save"),
     ):
         made = verb(name, run, text)
         made.add_argument("config", nargs="?", help="a YAML file of settings; the playground's preset when left out")
-        made.add_argument("--data", default="datasets.yaml", help="a datasets.yaml or a folder of pictures (%(default)s)")
+        made.add_argument("--data", default=DATA, help="a datasets.yaml or a folder of pictures (%(default)s)")
         made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
         if name == "train":
-            made.add_argument("--resume", metavar="RUN", help="go on with a run folder, or one of its checkpoints, instead")
-            made.add_argument("--stop-before", metavar="TIME", help="save and stop before this much time has passed, such as 11h30m")
+            cli_train.add_arguments(made)
     cli_configure.add_arguments(verb("configure", cli_configure.run, "ask step by step, and write run.yaml and datasets.yaml"))
     looked = verb("doctor", _doctor, "what this machine has and what a run needs, before anything is downloaded")
     looked.add_argument("config", nargs="?", help="a YAML file of settings; without one, the machine alone")
@@ -103,88 +100,14 @@ def _plan(options: argparse.Namespace) -> None:
     print(plan)
     encoders = st.encoders(config)
     print(st.CacheBuilder(plan, encoders).coverage())
-    from sd3tune.config.advice import advice
+    from sd3tune.data.wording import considered
     from sd3tune.models import memory
 
     largest = max(cut.bucket.width * cut.bucket.height for cut in plan.train)
     print(memory.predict(config, side=round(largest**0.5)))
-    for one in advice(config):
+    for one in considered(config, plan):
         print(f"advice: {one}")
     print(f"the cache of this plan: about {encoders.bytes_of(plan) / 1e6:,.1f} MB in {Path(plan.cache_dir).absolute()}")
-
-
-def _train(options: argparse.Namespace) -> int:
-    from sd3tune.assembly import encoded
-    from sd3tune.processes import join, leave, started
-
-    deadline = time.monotonic() + seconds_of(options.stop_before) if options.stop_before else None
-    if options.resume:
-        from sd3tune.config.reading import parse_setting
-
-        trainer = st.Trainer.resume(options.resume, **dict(map(parse_setting, options.set)))
-    else:
-        config = config_of(options)
-        config = config.replace(num_processes=config.run.num_processes or started())
-        processes = join(config.run.num_processes)
-        plan = st.plan(st.discover(options.data), config)
-        cache = _encoded(config, plan) if processes.count == 1 else encoded(config, plan, processes)
-        trainer = st.Trainer(config, cache, processes=processes)
-    if trainer.processes.main:
-        print(f"run folder: {trainer.folder.path}\n{trainer.manifest}", flush=True)
-        code = _drive(trainer, deadline)
-    else:
-        for _ in trainer.run():
-            pass
-        code = 0
-    leave()
-    return code
-
-
-def seconds_of(text: str) -> float:
-    """``"11h30m"``, ``"45m"``, ``"1.5h"`` or ``"90s"`` in seconds. Raises: ConfigError."""
-    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
-    try:
-        if found and any(found.groups()):
-            return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
-    except ValueError:
-        pass
-    raise ConfigError([f"{text!r} is not a time such as 11h30m, 45m or 90s"], "--stop-before")
-
-
-def _drive(trainer: Trainer, deadline: float | None) -> int:
-    """Run to the end with one progress line. Ctrl-C or SIGTERM finishes the update, saves a checkpoint and stops."""
-    from tqdm import tqdm
-
-    from sd3tune.progress import progress
-    from sd3tune.records import CheckpointRecord, EvalRecord, NoticeRecord
-
-    records, longest, before = progress(trainer), 0.0, time.monotonic()
-    again = f"go on with: sd3tune train --resume {trainer.folder.path}"
-    try:
-        for record in records:
-            longest, before = max(longest, time.monotonic() - before), time.monotonic()
-            if deadline is not None and before + 2 * longest > deadline and not trainer.done:
-                trainer.stop()
-            if isinstance(record, NoticeRecord) and record.step:
-                tqdm.write(f"step {record.step}: {record.text}")
-            elif isinstance(record, EvalRecord):
-                beside = "" if record.relative is None else f", {record.relative:.1%} of the base model's"
-                tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}{beside}")
-                if record.verdict:
-                    tqdm.write(f"step {record.step}: {record.verdict}")
-            elif isinstance(record, CheckpointRecord):
-                tqdm.write(f"step {record.step}: saved {record.path}")
-    except KeyboardInterrupt as interrupt:
-        records.close()
-        if isinstance(interrupt.__context__, Sd3TuneError):  # what went wrong in the update that was interrupted
-            print(f"\n{interrupt.__context__}", file=sys.stderr)
-        print(f"\ninterrupted after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
-        return 130
-    if not trainer.done:
-        print(f"stopped after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
-        return 0
-    print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
-    return 0
 
 
 def _cache(options: argparse.Namespace) -> int:
@@ -199,7 +122,7 @@ def _cache(options: argparse.Namespace) -> int:
         print("\n".join([*damaged, f"{len(found):,} entries, {len(damaged):,} damaged"]))
         return 1 if damaged else 0
     elif options.what == "build":
-        cache = _encoded(*_made_plan(options))
+        cache = encoded_with_a_bar(*_made_plan(options))
         print(f"{cache.hits:,} entries reused, {cache.misses:,} encoded\n{cache.plan}")
     elif options.what == "explain":
         config, plan = _made_plan(options)
@@ -214,14 +137,6 @@ def _cache(options: argparse.Namespace) -> int:
         elif sizes:
             print("nothing was deleted; the same command with --yes deletes them")
     return 0
-
-
-def _encoded(config: st.RunConfig, plan: Plan) -> st.Cache:
-    """The cache of a plan, with a progress bar."""
-    from sd3tune.progress import building
-
-    builder = st.CacheBuilder(plan, st.encoders(config))
-    return builder.cache(list(building(builder)))
 
 
 def _doctor(options: argparse.Namespace) -> int:

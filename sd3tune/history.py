@@ -6,12 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd3tune.files import explained
-from sd3tune.records import CheckpointRecord, Record, SegmentRecord
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord
 
 
 class History:
@@ -67,13 +67,36 @@ def newest_segment(path: Path) -> int:
 
 
 def follow_segments(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what a later segment has replaced."""
+    """Drop what a later segment has replaced, and commands at its very step that the state it goes on from had not seen yet."""
     kept: list[dict[str, Any]] = []
     for line in lines:
         if line["type"] == SegmentRecord.type:
-            kept = [r for r in kept if r["step"] <= line["from_step"]]
+            at = line["from_step"]
+            kept = [row for row in kept if row["step"] < at or (row["step"] == at and not _unseen(row, line))]
         kept.append(line)
     return kept
+
+
+def _unseen(row: Mapping[str, Any], segment: Mapping[str, Any]) -> bool:
+    """Whether a row is a command that a segment does not begin with."""
+    if "live" not in segment or row["type"] != CommandRecord.type:  # a history of before segments said what they begin with
+        return False
+    if segment.get("why") not in ("resume", "rewind"):  # the guard changes no settings but those that it tells
+        return False
+    if row.get("name") == "skip":
+        return not {*row["value"]} <= {*segment["skipped"]}
+    return bool(values := accepted(row)) and any(segment["live"].get(name, value) != value for name, value in values.items())
+
+
+def accepted(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that a row changed; none when it is something else, or was refused."""
+    value = row.get("value") if row["type"] == CommandRecord.type and row.get("name") == "set" and not row.get("refused") else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def changed_since(lines: Iterable[Mapping[str, Any]], step: int) -> tuple[tuple[int, str, Any], ...]:
+    """Step, name and value of each setting that was changed at ``step`` or later."""
+    return tuple((row["step"], name, value) for row in lines if row["step"] >= step for name, value in accepted(row).items())
 
 
 def newest_chain(lines: list[dict[str, Any]]) -> dict[int, float]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sd3tune.files import write_text
+from sd3tune.records import EvalRecord
 from sd3tune.shown import size_in_words
 
 GIGABYTE = 1e9
@@ -48,6 +51,23 @@ def best_of(checkpoints: Path) -> tuple[int, float] | None:
         return int(row["step"]), float(row["loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def forget_best(checkpoints: Path, step: int, history: Iterable[Mapping[str, Any]]) -> None:
+    """Of a run that goes on from ``step``: the best is the best of those up to there that are still kept, if there is one.
+
+    Raises: FileError.
+    """
+    found = best_of(checkpoints)
+    if found is None or found[0] <= step:
+        return
+    losses = {row["step"]: float(row["loss"]) for row in history if row["type"] == EvalRecord.type and row["step"] <= step}
+    there = [at for at in losses if (checkpoints / f"step-{at:06d}" / "state.json").exists()]
+    if there:
+        best = min(there, key=losses.__getitem__)
+        mark_best(checkpoints, best, losses[best])
+    else:
+        (checkpoints / "best.json").unlink(missing_ok=True)
 
 
 def mark_best(checkpoints: Path, step: int, loss: float) -> None:

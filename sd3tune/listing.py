@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,22 @@ def runs(folder: str | Path = "runs") -> RunList:
     return RunList(_summaries(root))
 
 
+def newest_of(wanted: Path) -> Path | None:
+    """The run that was begun last of those into an output folder and its numbered namesakes (``-2``, ``-3``)."""
+    named = re.compile(re.escape(wanted.name) + r"(-\d+)?")
+    made = [path for path in _made(wanted.parent) if named.fullmatch(path.name)]
+    return made[-1] if made else None
+
+
+def _made(root: Path) -> list[Path]:
+    """Run folders, oldest first."""
+    return sorted((p.parent for p in root.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime)
+
+
 def _summaries(root: Path) -> Iterator[RunSummary]:
     if not root.is_dir():
         return
-    for path in sorted((p.parent for p in root.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime):
+    for path in _made(root):
         history = RunFolder(path).read_history()
         losses = [r["loss"] for r in history if r["type"] == "step" and isinstance(r.get("loss"), float)]
         evals = [r["loss"] for r in history if r["type"] == "eval" and isinstance(r.get("loss"), float)]

@@ -114,16 +114,13 @@ class Manifest(Shown):
         return "\n".join(lines)
 
     def _noise(self) -> list[str]:
-        """What is drawn, and a suggestion when several sizes have one shift."""
+        """What is drawn."""
         if not self.levels:
             return []
         shares = " ".join(f"{100 * count / sum(self.levels):.0f}" for count in self.levels)
         factors = sorted({factor for _, factor in self.shifts})
         shift = ", ".join(f"{name}: {factor:.3g}" for name, factor in self.shifts) if len(factors) > 1 else f"{factors[0]:.3g}"
-        lines = [f"noise     % of levels in each tenth from picture to noise: {shares}; shift {shift}"]
-        if len(self.shifts) > 1 and len(factors) == 1:
-            lines.append("          several sizes share one shift; flow_schedule_auto_shift: true gives each its own")
-        return lines
+        return [f"noise     % of levels in each tenth from picture to noise: {shares}; shift {shift}"]
 
 
 def drawn_levels(plan: Plan, rules: Rules) -> tuple[int, ...]:

@@ -47,6 +47,11 @@ class Mirror:
         self._jobs = [job for job in self._jobs if job not in ready]
         return [job.result() for job in ready]
 
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is not finished."""
+        return any(not job.done() for job in self._jobs)
+
     def close(self) -> None:
         """End the thread when it has done its work."""
         self._pool.shutdown()

@@ -207,6 +207,10 @@ class SegmentRecord(Record):
     from_step: int
     parent: int
     why: str
+    live: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that may change while training, as they are from here on."""
+    skipped: tuple[int, ...] = ()
+    """The updates' batches that are left out from here on."""
 
 
 KINDS: dict[str, type[Record]] = {

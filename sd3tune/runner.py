@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakValueDictionary
 
+from sd3tune import live
 from sd3tune.curves import EMPTY
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from sd3tune.trainer import Trainer
 
     Made: TypeAlias = Trainer | Generator[Record, None, Trainer]
-
-_LIVE: WeakValueDictionary[str, Runner] = WeakValueDictionary()
-_REGISTER = threading.Lock()
 
 BEAT = 5.0
 """Seconds between two signs of life of a run that is paused."""
@@ -54,9 +51,7 @@ class Runner:
     def attach(cls, key: str | Path, make: Callable[[], Made]) -> Runner:
         """The live runner of a wanted output folder, or a new one that has not started."""
         path = str(Path(key).absolute())
-        with _REGISTER:
-            found = _LIVE.get(path)
-        return found if found is not None and found.snapshot.live else cls(make, key=path)
+        return live.found(path) or cls(make, key=path)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -106,15 +101,11 @@ class Runner:
     # --- the worker --------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        with _REGISTER:
-            other = _LIVE.get(self.key) if self.key else None
-            taken = other is not None and other is not self and other.snapshot.live
-            if taken:
-                self._refuse(Command("start", {}), "another run into the same folder is going on")
-                return
-            self._put(state="preparing", message="loading the model")
-            if self.key:
-                _LIVE[self.key] = self
+        if not live.enter(self):
+            self._refuse(Command("start", {}), "another run into the same folder is going on")
+            return
+        self._put(state="preparing", message="loading the model")
+        live.saved_on_sigterm()
         make, self._make = self._make, None
         threading.Thread(target=self._main, args=(make,), name="sd3tune-trainer", daemon=True).start()
 
@@ -213,6 +204,8 @@ class Runner:
             self._put(state="stopping", message="saving")
             self._save(trainer)
             trainer.note(name)
+            for record in trainer.parting():
+                self._take(record)
         else:
             trainer.note(name)
             self._note(f"{name.replace('_', ' ')}, by you")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from sd3tune.locking import Lock
 from sd3tune.manifest import Manifest
 from sd3tune.mirror import Mirror
 from sd3tune.records import CheckpointRecord, Record, SegmentRecord, StepRecord
-from sd3tune.run_folder import PINNED, RunFolder, open_log
+from sd3tune.run_folder import PINNED, RunFolder, latest_step, open_log
 
 
 class Saver:
@@ -86,13 +86,15 @@ class Saver:
             self._history.segment = segment
         self.keeper.saved(step)
 
-    def branch(self, why: str, step: int) -> SegmentRecord:
-        """From here on the history goes on from ``step``."""
+    def branch(self, why: str, step: int, *, live: Mapping[str, Any], skipped: Sequence[int]) -> SegmentRecord:
+        """From here on the history goes on from ``step``, with these settings and without these batches."""
         parent = self.segment
         if self._history:
             self._history.segment = 1 + max((line.get("segment", 0) for line in self.folder.read_history()), default=0)
-        record = SegmentRecord(step=step, from_step=step, parent=parent, why=why)
+        record = SegmentRecord(step=step, from_step=step, parent=parent, why=why, live=live, skipped=tuple(skipped))
         self.tell(record)
+        if self.main:
+            keeping.forget_best(self.folder.checkpoint_folder, step, self.folder.read_history())
         return record
 
     def checkpoint(self, step: int, state: Mapping[str, Any], keep: int) -> CheckpointRecord:
@@ -112,11 +114,10 @@ class Saver:
             self._mirror.copy(f"step {step}", [*facts, *written], keep=[p.name for p in self.folder.checkpoints()])
         return record
 
-    @property
-    def finished(self) -> bool:
-        """Whether the final adapter is there, and not one that a resume or a rewind has left behind."""
+    def finished(self, step: int) -> bool:
+        """Whether the final adapter is that of ``step``, and not one that a resume or a rewind has left behind."""
         lora = self.folder.lora
-        return lora.exists() and written_at(self.folder.read_history(), lora.name) is not None
+        return lora.exists() and written_at(self.folder.read_history(), lora.name) == step
 
     def best_so_far(self, loss: float) -> bool:
         """Whether no checkpoint was better on the held-out pictures."""
@@ -131,6 +132,19 @@ class Saver:
         """Keep a checkpoint for good."""
         write_text(checkpoint / PINNED, "kept by hand\n")
         return checkpoint
+
+    def pin_newest(self, step: int, damaged: Sequence[str]) -> str:
+        """Of a run that goes on from an older checkpoint, not for want of a whole newer one, keep the newest for good; its path, if any."""
+        newest = latest_step(self.folder.checkpoint_folder)
+        path = self.folder.checkpoint_folder / f"step-{newest or 0:06d}"
+        if newest is None or newest <= step or not path.is_dir() or any(said.startswith(path.name) for said in damaged):
+            return ""
+        return str(self.pin(path))
+
+    @property
+    def copying(self) -> bool:
+        """Whether a copy is under way."""
+        return self._mirror is not None and self._mirror.busy
 
     def news(self, *, wait: bool = False) -> list[str]:
         """What the mirror has to say."""

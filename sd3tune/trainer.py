@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sd3tune import certificate, control, keeping, resuming
 from sd3tune.assembly import plan_digest, write_adapter
-from sd3tune.building import build, manifest_of
+from sd3tune.building import build, manifest_of, marks_of
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.charts import save_losses
+from sd3tune.config.advice import in_short
 from sd3tune.config.reading import HOW, frozen, is_live, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
 from sd3tune.errors import CacheError, CheckpointError, ConfigError, FileError, ModelError, TrainingError
 from sd3tune.files import digest
+from sd3tune.history import changed_since
 from sd3tune.judging import Judge
 from sd3tune.manifest import Manifest
 from sd3tune.models import components, encoders, memory
@@ -30,7 +32,7 @@ from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeR
 from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
-from sd3tune.training.guard import GuardError
+from sd3tune.training.guard import GuardError, Refusal
 from sd3tune.training.peak import total_memory
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event
@@ -75,9 +77,10 @@ class Trainer:
         self._judge = Judge(self.engine, self.transformer, self.network, cache, self.device)
         self._judge.check(config)
         self.manifest: Manifest = manifest_of(config, cache, parts)
+        self._made_of = marks_of(config, cache)
         self.folder = folder or self.processes.by_main(lambda: RunFolder.create(Path(config.run.output_dir).absolute()))
         self._saver = Saver(self.folder, config, main=self.processes.main)
-        self._total, self._refused, self._rollbacks = cache.plan.steps, 0, 0
+        self._total, self._refused, self._refused_at, self._rollbacks = cache.plan.steps, 0, 0, 0
         self._orders: list[dict[str, Any]] = []
         self._stopping, self._awaited = False, False
         self.certificate: certificate.Certificate | None = None
@@ -168,11 +171,12 @@ class Trainer:
             yield from self._both(draw=self.config.validation.validation_on_startup)
         while self.steps_done < (self.total if last is None else min(last, self.total)):
             if (yield from self._obey()):
+                yield from self.parting()
                 break
             if (yield from self._advance()):
                 yield from self._due(self.steps_done)
             yield from self._news(self._saver.news())
-        if self.done and not self._saver.finished:
+        if self.done and not self._saver.finished(self.steps_done):
             yield from self._finish()
         self._order(stop=True)
 
@@ -221,40 +225,63 @@ class Trainer:
             yield self._update()
         except GuardError as error:
             policy = self.config.optimizer.guard_policy
-            self._refused += 1
+            self._refused, self._refused_at = self._refused + 1, error.refusal.step
             if policy == "rollback" and self._rollbacks < self.config.optimizer.guard_rollbacks:
-                yield from self._roll_back(error)
+                yield from self._roll_back(error.refusal)
             elif policy == "skip" and self._refused <= SKIPS_IN_A_ROW:
-                self._awaited = True
-                self.engine.skip(error.refusal.batch)
-                if self.steps_done < before:
-                    yield self._reported(self._saver.branch("guard", self.steps_done))
-                yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; left out"))
-                yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
+                yield from self._leave_out(error.refusal, before)
             else:
                 if self.steps_done < before:
-                    self._reported(self._saver.branch("guard", self.steps_done))
+                    yield from self._branch("guard", stays=())
+                yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; the run ends. {in_short(self.config)}".strip()))
                 raise
             return False
-        self._refused = 0
+        if self.steps_done >= self._refused_at:
+            self._refused = 0
         return True
 
-    def _roll_back(self, error: GuardError) -> Iterator[Record]:
+    def _leave_out(self, refusal: Refusal, before: int) -> Iterator[Record]:
+        """Leave out what was refused; save, if the guard went back to where the weights were well."""
+        self._awaited = True
+        self.engine.skip(refusal.batch)
+        if self.steps_done < before:
+            yield from self._branch("guard", stays=())
+        yield self._tell(NoticeRecord(step=self.steps_done, text=f"{refusal}; left out"))
+        yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
+        if self.steps_done < before:
+            yield from self._save()
+
+    def _roll_back(self, refusal: Refusal) -> Iterator[Record]:
         """Go back to a checkpoint with half the learning rate, leaving out what was refused; to an older one if that did not help."""
         self._rollbacks += 1
-        self.engine.skip(error.refusal.batch)
+        self.engine.skip(refusal.batch)
         skipped, rate = sorted(self.engine.skipped), self.config.optimizer.learning_rate / 2
         state = self.processes.by_main(lambda: self.folder.read_checkpoint(before=(self._refused - 1) // 2))
         self._awaited = True
         self.engine.load_state_dict({**state, "skipped": skipped})
         self.config = self.config.replace(learning_rate=rate)
-        if self.processes.main:
-            self.folder.point_at(self.steps_done)
-        yield self._reported(self._saver.branch("rollback", self.steps_done))
-        text = f"{error.refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}"
+        yield from self._branch("rollback", stays=("learning_rate",))
+        text = f"{refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}. {in_short(self.config)}".strip()
         yield self._tell(NoticeRecord(step=self.steps_done, text=text))
-        yield self._tell(CommandRecord(step=self.steps_done, name="set", value={"learning_rate": rate}))
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=skipped))
+        yield from self._save()
+
+    def _branch(self, why: str, *, stays: Collection[str] = ()) -> list[Record]:
+        """The guard goes back: the history goes on from the state of now, and says again what stays as it is although it was set later."""
+        later = changed_since(self.folder.read_history(), self.steps_done) if self.processes.main else ()
+        said: list[Record] = [self._go_on(why)]
+        if names := {*stays, *(name for _, name, _ in later)}:
+            live = self.config.leaves()
+            said.append(self._tell(CommandRecord(step=self.steps_done, name="set", value={name: live[name] for name in sorted(names)})))
+        return said
+
+    def _go_on(self, why: str) -> Record:
+        """The history goes on from the state and the settings of now."""
+        return self._reported(self._saver.branch(why, self.steps_done, live=self._live(), skipped=sorted(self.engine.skipped)))
+
+    def _live(self) -> dict[str, Any]:
+        """The settings that a resumed run must not take from the run's first ones."""
+        return {name: value for name, value in self.config.leaves().items() if is_live(name) or name in HOW}
 
     def stop(self) -> None:
         """Save and stop before the next update."""
@@ -314,18 +341,27 @@ class Trainer:
         """A checkpoint; on a disk without room, as soon as there is some."""
         needed = self.engine.bytes()
         told = False
-        while short := keeping.shortage(self.folder.path, needed, self.config.run.disk_low_threshold):
+        while self.processes.main and (short := keeping.shortage(self.folder.path, needed, self.config.run.disk_low_threshold)):
             if not told:
                 yield self._tell(NoticeRecord(step=self.steps_done, text=f"the run waits: {short}; free some, and it goes on by itself"))
             told = True
             time.sleep(POLL)
             yield WaitRecord(step=self.steps_done, why=short)
+            if (self.folder.path / "STOP").exists():  # saved with what room there is
+                break
         yield self.checkpoint()
 
     def _news(self, said: Sequence[str]) -> Iterator[Record]:
         """What became of copies, and what reporters have to say."""
         for text in (*said, *self._reporters.news()):
             yield self._tell(NoticeRecord(step=self.steps_done, text=text))
+
+    def parting(self) -> Iterator[Record]:
+        """For a run that stops here: wait for the last copy, and say what has become of it."""
+        while self._saver.copying:
+            yield WaitRecord(step=self.steps_done, why="the last checkpoint is being copied")
+            time.sleep(POLL)
+        yield from self._news(self._saver.news())
 
     def _both(self, *, draw: bool = True) -> Iterator[Record]:
         """Evaluate and draw."""
@@ -515,10 +551,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: tensors of adapter and optimizer, updates done, live settings."""
-        live = {name: value for name, value in self.config.leaves().items() if is_live(name) or name in HOW}
         return {
-            **self.engine.state_dict(), "live": live, "plan": plan_digest(self.cache.plan), "steps": self.total,
-            "rollbacks": self._rollbacks, "versions": certificate.versions(self.processes.count),
+            **self.engine.state_dict(), "live": self._live(), "plan": plan_digest(self.cache.plan), "made_of": self._made_of,
+            "steps": self.total, "rollbacks": self._rollbacks, "versions": certificate.versions(self.processes.count),
         }  # fmt: skip
 
     def checkpoint(self) -> CheckpointRecord:
@@ -564,7 +599,7 @@ class Trainer:
         self._total, self._rollbacks = int(state.get("steps", self.total)), int(state.get("rollbacks", 0))
         self.engine.rules = replace(self.engine.rules, total=self._total)
         self._saver.go_on_from(int(state["segment"]), self.steps_done)
-        return self._reported(self._saver.branch(why, self.steps_done))
+        return self._go_on(why)
 
     def _require_finite(self) -> None:
         wrong = self.engine.not_finite()
@@ -591,6 +626,9 @@ class Trainer:
 
     def _restore(self, state: Mapping[str, Any], changes: Mapping[str, Any], how: Mapping[str, Any]) -> None:
         """Take a checkpoint's state, then a person's changes. Raises: ConfigError."""
+        live = json.loads(json.dumps(self._live()))
+        lost = [row for row in changed_since(self.folder.read_history(), int(state["updates"])) if live.get(row[1], row[2]) != row[2]]
+        stays = self._saver.pin_newest(int(state["updates"]), state["passed_over"]) if self.processes.main else ""
         self._put_back(state, "resume")
         if how:
             self._tell(CommandRecord(step=self.steps_done, name="set", value=dict(how)))
@@ -599,7 +637,6 @@ class Trainer:
         self._orders.clear()  # each process was told of the changes itself
         self.certificate = certificate.certify(
             state, self.cache.plan, steps=self.total, learning_rate=self.engine.rate(self.config.optimizer.learning_rate),
-            changes={**how, **changes},
-            processes=self.processes.count,
+            changes={**how, **changes}, processes=self.processes.count, made_of=self._made_of, lost=lost, stays=stays,
         )  # fmt: skip
         self._tell(NoticeRecord(step=self.steps_done, text=str(self.certificate)))

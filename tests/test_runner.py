@@ -124,6 +124,10 @@ class FakeTrainer:
         self.calls.append("checkpoint")
         return CheckpointRecord(step=self.steps_done, path=f"checkpoints/step-{self.steps_done:06d}", tensors=1)
 
+    def parting(self) -> Iterator[Record]:
+        self.calls.append("parting")
+        yield NoticeRecord(step=self.steps_done, text="step 2 is whole elsewhere")
+
     def save(self, path: Path) -> int:
         self.calls.append(("save", path.name))
         return 1
@@ -276,7 +280,7 @@ def test_stop_finishes_the_update_then_saves_checkpoint_and_adapter(fake: FakeTr
     let_go()
     end = runner.wait(PATIENCE)
     assert (end.state, end.step) == ("stopped", 1)
-    assert fake.calls == ["checkpoint", ("save", "lora-step-000001.safetensors"), "stop"]
+    assert fake.calls == ["checkpoint", ("save", "lora-step-000001.safetensors"), "stop", "parting"]
     assert any(str(fake.folder.path / "lora-step-000001.safetensors") in line for line in end.log)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,10 +30,13 @@ class Row:
     text: str
     source: str
     settings: tuple[str, ...]
+    steadies: bool = False
+    """Whether it is about runs that become unstable."""
 
 
 def _large(config: RunConfig) -> bool:
-    return config.model.model_flavour == "sd35-large"
+    name = config.model.pretrained_model_name_or_path or ""
+    return config.model.model_flavour == "sd35-large" or re.search(r"3\.5[-_]large", name.lower()) is not None
 
 
 def _batch(config: RunConfig) -> int:
@@ -65,21 +69,21 @@ ROWS: tuple[Row, ...] = (
     Row(
         lambda c: _large(c) and not _lion(c) and c.optimizer.optimizer != "prodigy" and c.optimizer.learning_rate >= 4e-5,
         "SD3.5 Large is sensitive to the rate: 1e-5 works with stableadamw, 4e-5 may blow up", GUIDE,
-        ("learning_rate", "optimizer", "model_flavour"),
+        ("learning_rate", "optimizer", "model_flavour"), steadies=True,
     ),
     Row(
         lambda c: _large(c) and _batch(c) < 12, "larger batches help SD3.5 Large a lot; its stable values use 4 images x 3 GPUs", GUIDE,
-        ("train_batch_size", "gradient_accumulation_steps"),
+        ("train_batch_size", "gradient_accumulation_steps"), steadies=True,
     ),
     Row(
         lambda c: _large(c) and c.optimizer.max_grad_norm > 0.1,
         "max_grad_norm 0.1 is the stable value of SD3.5 Large; a higher one lets dangerous updates through", GUIDE,
-        ("max_grad_norm",),
+        ("max_grad_norm",), steadies=True,
     ),
     Row(
         lambda c: _large(c) and (c.model.base_model_precision == "no_change" or c.model.base_model_default_dtype == "fp32"),
         "a base that is not quantised, or pure fp32, is no cure for SD3.5 Large's instability", GUIDE,
-        ("base_model_precision", "base_model_default_dtype"),
+        ("base_model_precision", "base_model_default_dtype"), steadies=True,
     ),
     Row(
         lambda c: bool(_skipped(c)) and c.validation.validation_guidance > 4.0,
@@ -115,7 +119,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         lambda c: _lion(c) and c.optimizer.learning_rate >= 5e-5,
         "Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4", "Chen et al. 2023, section 5",
-        ("learning_rate", "optimizer"),
+        ("learning_rate", "optimizer"), steadies=True,
     ),
     Row(
         _never_rolled, "no picture is ever rolled out: scheduled_sampling_probability is 0, and there is no ramp",
@@ -139,6 +143,22 @@ ROWS: tuple[Row, ...] = (
 def advice(config: RunConfig) -> tuple[Advice, ...]:
     """What should be thought of; nothing of it forbids a run."""
     return tuple(Advice(row.text, row.source) for row in ROWS if row.condition(config))
+
+
+def about_data(config: RunConfig, *, sizes: int, masks: bool, regularisation: bool) -> tuple[Advice, ...]:
+    """What should be thought of because of what is trained on: pictures of so many sizes, with masks or to stay as they are."""
+    said = []
+    if sizes > 1 and not config.noise.flow_schedule_auto_shift and config.noise.flow_custom_timesteps is None:
+        said.append(Advice(f"{sizes} sizes share one shift; flow_schedule_auto_shift: true gives each its own", GUIDE))
+    if kinds := " and ".join(name for name, there in (("masks", masks), ("regularisation pictures", regularisation)) if there):
+        said.append(Advice(f"what {kinds} do to the stability of SD3.5 is not known: watch the first evaluations", GUIDE))
+    return tuple(said)
+
+
+def in_short(config: RunConfig) -> str:
+    """What should be thought of when a run has become unstable, as one line."""
+    said = "; ".join(str(Advice(row.text, row.source)) for row in ROWS if row.steadies and row.condition(config))
+    return f"Advice: {said}" if said else ""
 
 
 def about_setting(name: str) -> tuple[Advice, ...]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from sd3tune.config.rules import spreads_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data import holding, wording
 from sd3tune.data.buckets import Bucket, Placement, place
@@ -152,6 +153,7 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
             f"{count} of {total} pictures have no caption, the first is {catalog.missing_captions[0]}; write a .txt file beside "
             "each, set caption_strategy: filename in datasets.yaml, or set allow_missing_captions: true"
         )
+    check_offsets(catalog, config)
     train: list[Placement] = []
     evaluation: list[Placement] = []
     left_out: list[Problem] = []
@@ -182,6 +184,16 @@ def plan(catalog: Catalog, config: RunConfig) -> Plan:
         made = replace(made, steps=max(1, math.ceil(batches / made.accumulation)))
     check_phases(made)
     return made
+
+
+def check_offsets(catalog: Catalog, config: RunConfig) -> None:
+    """Raises: DataError for a data set whose offset of noise levels would be ignored."""
+    chosen = next(iter(spreads_of(config.noise)), None)
+    moved = next((d for d in catalog.datasets if d.timestep_sampling_offset), None)
+    if chosen and moved:
+        raise DataError(
+            f"{moved.id}: timestep_sampling_offset moves the logit-normal alone, and {chosen} draws otherwise; remove one of the two"
+        )
 
 
 def check_phases(made: Plan) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sd3tune.config.advice import Advice, about_data
+from sd3tune.config.advice import advice as about
 from sd3tune.shown import duration
 
 if TYPE_CHECKING:
+    from sd3tune.config.schema import RunConfig
     from sd3tune.data.datasets import Dataset
     from sd3tune.data.planning import Plan
 
@@ -120,6 +123,14 @@ def advice(plan: Plan) -> list[str]:
                 "or `allow_dataset_oversubscription: true`"
             )
     return [*said[:3], f"and {len(said) - 3} more sizes with less than a batch"] if len(said) > 4 else said
+
+
+def considered(config: RunConfig, plan: Plan) -> tuple[Advice, ...]:
+    """What should be thought of for a configuration and what it is to be trained on."""
+    sets = [d for d in plan.catalog.datasets if d.dataset_type == "image"]
+    masks = any(d.mask_from_alpha or d.conditioning_data for d in sets)
+    kept = any(d.is_regularisation_data for d in sets)
+    return (*about(config), *about_data(config, sizes=len(plan.buckets), masks=masks, regularisation=kept))
 
 
 def difference(old: Plan, new: Plan) -> str:

@@ -20,12 +20,15 @@ Betas = tuple[float, float]
 GROUP = "all"
 """Where numbers stand that belong to no single weight; no weight's name is without a dot."""
 
+FUSED = ("cpu", "cuda")
+"""Devices with a kernel that does the whole of AdamW at once; it keeps its step counters beside the weights."""
+
 CHOSEN = frozenset({"params", "lr"})
 """Entries of a group that are given anew before each update."""
 
 
 def _adamw(weights: list[nn.Parameter], betas: Betas, seed: int, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, lr=0.0, betas=betas, **options)
+    return torch.optim.AdamW(weights, lr=0.0, betas=betas, fused=weights[0].device.type in FUSED, **options)
 
 
 def _adamw_bf16(weights: list[nn.Parameter], betas: Betas, seed: int, **options: Any) -> torch.optim.Optimizer:
@@ -193,7 +196,7 @@ def _leaves(path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, weights: Weights, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Undo `optimizer_state`; on the weights' devices, but step counters stay where they are. Raises: CheckpointError."""
+    """Undo `optimizer_state`; step counters stay where they are unless a fused kernel reads them. Raises: CheckpointError."""
     optimizer.state.clear()
     group = optimizer.param_groups[0]
     group.update({key: value for key, value in optimizer.defaults.items() if key not in CHOSEN})
@@ -209,7 +212,7 @@ def restore_optimizer(
 
 def _placed(optimizer: Any, weight: nn.Parameter | None, what: str, value: Tensor) -> Tensor:
     """A saved tensor where the optimizer wants it; bitsandbytes' moments in memory of its own, which may be paged."""
-    if weight is None or what == "step":
+    if weight is None or (what == "step" and not optimizer.defaults.get("fused")):
         return value.clone()
     if what in ("state1", "state2") and hasattr(optimizer, "get_state_buffer"):
         buffer: Tensor = optimizer.get_state_buffer(weight, dtype=value.dtype)

@@ -60,5 +60,9 @@ CALM = 200
 
 
 def ema_decay(number: int, most: float) -> float:
-    """Decay of the average's update ``number`` (from 1): it follows quickly at first. Source: (1 + n) / (10 + n), as in diffusers."""
-    return min(most, (1 + number) / (10 + number))
+    """Decay of the average's update ``number`` (from 1): the first one takes the weights as they are, and it follows quickly at first.
+
+    Source: (1 + n) / (10 + n) after n updates, ``EMAModel.get_decay`` of diffusers.
+    """
+    done = number - 1
+    return min(most, (1 + done) / (10 + done)) if done else 0.0

@@ -233,7 +233,7 @@ class Trainer:
             else:
                 if self.steps_done < before:
                     yield from self._branch("guard", stays=())
-                yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; the run ends. {in_short(self.config)}".strip()))
+                yield self._refusal(error.refusal, "the run ends")
                 raise
             return False
         if self.steps_done >= self._refused_at:
@@ -246,7 +246,7 @@ class Trainer:
         self.engine.skip(refusal.batch)
         if self.steps_done < before:
             yield from self._branch("guard", stays=())
-        yield self._tell(NoticeRecord(step=self.steps_done, text=f"{refusal}; left out"))
+        yield self._refusal(refusal, "left out")
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
         if self.steps_done < before:
             yield from self._save()
@@ -261,10 +261,15 @@ class Trainer:
         self.engine.load_state_dict({**state, "skipped": skipped})
         self.config = self.config.replace(learning_rate=rate)
         yield from self._branch("rollback", stays=("learning_rate",))
-        text = f"{refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}. {in_short(self.config)}".strip()
-        yield self._tell(NoticeRecord(step=self.steps_done, text=text))
+        yield self._refusal(refusal, f"back to step {self.steps_done} with half the learning rate, {rate:.4g}")
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=skipped))
         yield from self._save()
+
+    def _refusal(self, refusal: Refusal, end: str) -> Record:
+        """The guard's report: what was refused and why, of which pictures, what became of it, and what to think of."""
+        items = {f"{p.item.dataset.id}/{p.item.path.name}" for p in self.cache.plan.train if p.item.id in refusal.items}
+        pictures = f"; pictures {', '.join(sorted(items))}" if items else ""
+        return self._tell(NoticeRecord(step=self.steps_done, text=f"{refusal}{pictures}; {end}. {in_short(self.config)}".strip()))
 
     def _branch(self, why: str, *, stays: Collection[str] = ()) -> list[Record]:
         """The guard goes back: the history goes on from the state of now, and says again what stays as it is although it was set later."""

@@ -70,7 +70,7 @@ def _to_resume(options: argparse.Namespace) -> Path:
         )
     if options.resume:
         return Path(options.resume)
-    wanted = Path(st.RunConfig.load(options.config).run.output_dir if options.config else config_of(options).run.output_dir)
+    wanted = Path(config_of(options).run.output_dir)
     newest = newest_of(wanted)
     if newest is None:
         raise ConfigError([f"there is no run in {wanted.absolute()}; leave --resume out to start one"], "--resume")

@@ -33,6 +33,13 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
     assert main(["runs", str(tmp_path / "runs")]) == 0
     assert "mine  step 4" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "runs" / "mine")]) == 0
+    settings = tmp_path / "run.yaml"
+    settings.write_text(f"output_dir: {tmp_path / 'runs' / 'mine'}\n")
+    capsys.readouterr()
+    assert main(["train", str(settings), "--resume", "--set", "max_train_steps=5"]) == 0
+    assert "resumed after update 4 of 5" in capsys.readouterr().out
+    assert main(["train", str(settings), "--resume", str(tmp_path / "runs" / "mine")]) == 1
+    assert f"has its own settings; leave {settings} out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,8 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
         (["plan", "--set", "learning_rate"], "'learning_rate' is not NAME=VALUE"),
         (["plan", "--set", "learning_rate=-1", "--set", "lora_rank=0", "--set", "mixed_precision=fp8"], "3 problems"),
         (["train", "--resume", "nowhere"], "not a run folder"),
+        (["train", "--resume", "--set", "output_dir=nowhere"], "nowhere; leave --resume out to start one"),
+        (["train", "--resume", "nowhere", "--data", "elsewhere"], "a run that goes on has its own data; leave --data out"),
         (["settings", "no-such-word"], "no setting has 'no-such-word'"),
         (["configure", "--set", "lora_rank=0", "--yes"], "lora_rank: 0 is not allowed"),
         (["configure", "--answers", "nowhere.yaml"], "nowhere.yaml: 1 problem\n  - there is no such file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import Workbench
 from test_engine import engine
 from torch import Tensor
 
+import sd3tune as st
 from sd3tune.training import flow, sigmas
 from sd3tune.training.batches import generator, noise
 from sd3tune.training.spreads import Spread
@@ -262,9 +264,20 @@ def test_the_manifest_shows_what_is_drawn(bench: Workbench) -> None:
     assert sum(shifted.levels[:5]) == pytest.approx(10_000 * float(share), abs=20)
     auto = bench.trainer(flow_schedule_auto_shift=True).manifest
     assert dict(auto.shifts) == {"64x64": sigmas.auto_factor(8, 8), "80x48": sigmas.auto_factor(6, 10)}
-    assert "several sizes share one shift; flow_schedule_auto_shift: true gives each its own" in str(shifted)
-    assert "several sizes share" not in str(auto)
+    assert "2 sizes share one shift; flow_schedule_auto_shift: true gives each its own" in str(shifted)
+    assert "sizes share" not in str(auto)
     assert "shift 64x64: 1.58, 80x48: 1.58" in str(auto)
+
+
+def test_an_offset_that_would_be_ignored_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    """It moves the logit-normal alone: with a uniform draw the plan says so and names both."""
+    data = tmp_path / "datasets.yaml"
+    data.write_text(
+        f"- {{id: some, instance_data_dir: {bench.datasets.parent / 'train'}, resolution: 64, timestep_sampling_offset: 1.5}}\n"
+    )
+    assert st.plan(st.discover(data), bench.config()).train
+    with pytest.raises(st.DataError, match=r"some: timestep_sampling_offset .* and flow_use_uniform_schedule draws otherwise"):
+        st.plan(st.discover(data), bench.config(flow_use_uniform_schedule=True))
 
 
 def test_evaluation_looks_where_training_does(bench: Workbench) -> None:

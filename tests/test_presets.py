@@ -11,7 +11,7 @@ from conftest import Workbench
 
 import sd3tune as st
 from sd3tune import cli
-from sd3tune.config.advice import ROWS, advice
+from sd3tune.config.advice import ROWS, about_data, advice, in_short
 from sd3tune.config.presets import FILES
 from sd3tune.config.reading import LEAVES, read_yaml
 from sd3tune.models import memory
@@ -144,6 +144,27 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("scheduled sampling is off", {**MEDIUM, "scheduled_sampling_probability": 0.5},
      {**MEDIUM, "scheduled_sampling_probability": 0.5, "scheduled_sampling_max_step_offset": 2}),
 )  # fmt: skip
+
+
+def test_a_large_model_by_its_path_gets_the_advice_of_large() -> None:
+    """The hub's name and a file's name mean the same model as the flavour."""
+    for name in ("stabilityai/stable-diffusion-3.5-large", "/models/sd3.5_large.safetensors"):
+        by_path = st.RunConfig.make(pretrained_model_name_or_path=name, learning_rate=4e-5)
+        assert any("4e-5 may blow up" in one.text for one in advice(by_path))
+        assert "4e-5 may blow up" in in_short(by_path)
+    medium = st.RunConfig.make(pretrained_model_name_or_path="stabilityai/stable-diffusion-3.5-medium", learning_rate=4e-5)
+    assert not any("may blow up" in one.text for one in advice(medium))
+
+
+def test_advice_that_only_the_data_can_give() -> None:
+    """Several sizes with one shift, masks and regularisation pictures."""
+    one_shift, by_size = st.RunConfig.make(**MEDIUM), st.RunConfig.make(**MEDIUM, flow_schedule_auto_shift=True)
+    none = {"masks": False, "regularisation": False}
+    assert [one.text[:7] for one in about_data(one_shift, sizes=3, **none)] == ["3 sizes"]
+    assert not about_data(one_shift, sizes=1, **none)
+    assert not about_data(by_size, sizes=3, **none)
+    (both,) = about_data(one_shift, sizes=1, masks=True, regularisation=True)
+    assert both.text.startswith("what masks and regularisation pictures do to the stability of SD3.5 is not known")
 
 
 @pytest.mark.parametrize(("words", "there", "absent"), CASES, ids=[case[0] for case in CASES])

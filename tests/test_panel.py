@@ -12,7 +12,9 @@ from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 from sd3tune.config import presets
 from sd3tune.errors import TrainingError
 from sd3tune.panels import TrainingPanel, record, run, showing
+from sd3tune.panels.lab import GridLab
 from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
+from sd3tune.xy import XYRecord
 
 
 @pytest.fixture
@@ -108,6 +110,63 @@ def test_a_failure_is_red_text_and_wait_raises_it(fake: FakeTrainer) -> None:
         panel.wait(PATIENCE)
     assert "color:#d32f2f" in panel.status.value
     assert "RuntimeError: &lt;script&gt;out of memory" in panel.status.value
+
+
+# --- what is chosen ------------------------------------------------------------------------------------------------------
+
+
+def leave_checkpoints(fake: FakeTrainer, *steps: int) -> None:
+    for step in steps:
+        state = fake.folder.path / "checkpoints" / f"step-{step:06d}" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+
+
+def test_a_rewind_goes_to_the_checkpoint_that_was_chosen_whatever_is_written_since(live: TrainingPanel, fake: FakeTrainer) -> None:
+    leave_checkpoints(fake, 4, 8)
+    live.runner._note("saved")
+    live.refresh()
+    assert live.checkpoint.value == 8, "the newest is offered first"
+    live.checkpoint.value = 4
+    leave_checkpoints(fake, 2, 12)
+    live.runner._note("saved")
+    live.refresh()
+    assert [step for _, step in live.checkpoint.options] == [2, 4, 8, 12]
+    assert live.checkpoint.value == 4
+    live.press("rewind")
+    fake.gates["update"].set()
+    live.wait(PATIENCE)
+    assert ("rewind", 4) in fake.calls
+
+
+def test_a_checkpoint_that_is_gone_leaves_its_place_to_the_newest(live: TrainingPanel, fake: FakeTrainer) -> None:
+    leave_checkpoints(fake, 4, 8)
+    live.runner._note("saved")
+    live.refresh()
+    live.checkpoint.value = 4
+    leave_checkpoints(fake, 12)
+    (fake.folder.path / "checkpoints" / "step-000004" / "state.json").unlink()
+    live.runner._note("saved")
+    live.refresh()
+    assert ([step for _, step in live.checkpoint.options], live.checkpoint.value) == ([8, 12], 12)
+
+
+def test_cell_and_prompt_of_the_lab_stay_chosen_while_others_come(fake: FakeTrainer) -> None:
+    panel = panel_of(fake)
+    board = GridLab(panel)
+    cells = [
+        XYRecord(step=1, row=0, column=column, settings={"validation_guidance": float(column)}, clip=None, seconds=0.1, problem="none")
+        for column in range(3)
+    ]
+    board._axes = ("validation_guidance", [0.0, 1.0, 2.0]), ("validation_seed", [1])
+    board.look(Snapshot(state="validating", cells=tuple(cells[:2])))
+    board.cell.value = "0,1"
+    board.look(Snapshot(state="validating", cells=tuple(cells)))
+    assert (len(board.cell.options), board.cell.value) == (3, "0,1")
+    panel.draft.change(validation_prompt=("lock", "rooster"))
+    board.prompt.value = "rooster"
+    panel.draft.change(validation_prompt=("lock", "pot", "rooster"))
+    assert (len(board.prompt.options), board.prompt.value) == (4, "rooster")
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------------

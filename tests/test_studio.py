@@ -411,6 +411,7 @@ def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the
     panel.save()
     assert panel.source.value == str(tmp_path / "my-pots.yaml")
     assert "1 captions are kept in" in panel.note.value
+    assert panel.cuts[panel.picture.value].item.path.stem == texts[1].stem, "the next picture to write about is near this one"
     assert form.widget.layout.display == "none"
     assert panel.plan is not None
     assert "a pot of mine" in {item.caption for item in panel.plan.catalog.items}

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from sd3tune.errors import ConfigError
 from sd3tune.panels import fields
 from sd3tune.panels.base import Displayed
-from sd3tune.panels.looks import button, put, row, sentence, tip
+from sd3tune.panels.looks import button, offer, put, row, sentence, tip
 from sd3tune.panels.pictures import jpeg
 from sd3tune.panels.run import RunPanel
 from sd3tune.xy import CHECKPOINT, XYGrid, XYRecord, grid_of, label
@@ -108,8 +108,8 @@ class GridLab(Displayed):
         score = f" The highest CLIP score, {best.clip:.3f}, has {_words(best)}." if best is not None else ""
         put(self.note, sentence(f"{len(cells)} of {count} cells are drawn.{score}"))
         options = [(_words(one), f"{one.row},{one.column}") for one in now.cells]
-        if options and list(self.cell.options) != options:
-            self.cell.options = options
+        if options:
+            offer(self.cell, options)
 
     def use(self) -> None:
         """Take the chosen cell's settings over."""
@@ -135,8 +135,7 @@ class GridLab(Displayed):
 
     def _prompts(self) -> None:
         options = [("first prompt", None), *((one.name or "no prompt", one.prompt) for one in self.panel.config.prompts)]
-        if list(self.prompt.options) != options:
-            self.prompt.options = options
+        offer(self.prompt, options)
 
 
 def _words(cell: XYRecord) -> str:

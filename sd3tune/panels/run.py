@@ -15,7 +15,7 @@ from sd3tune.panels import codes, record, showing
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.forms import Form
-from sd3tune.panels.looks import button, column, put, row, sentence, tip, visible
+from sd3tune.panels.looks import button, column, offer, put, row, sentence, tip, visible
 from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
 from sd3tune.panels.redrawn import Redrawn
@@ -108,7 +108,9 @@ class RunPanel(Panel):
         elif name == "go_on" and self.runner.snapshot.state in TERMINAL:
             self.resume()
         elif name == "rewind":
-            self.runner.send(name, step=self.checkpoint.value)
+            with self._busy:  # not while other checkpoints are offered
+                step = self.checkpoint.value
+            self.runner.send(name, step=step)
         else:
             self.runner.send(name)
         self.refresh()
@@ -241,10 +243,9 @@ class RunPanel(Panel):
     def _buttons(self, now: Snapshot, clock: float) -> None:
         if now.log != self._listed:  # whatever writes a checkpoint says so
             self._listed = now.log
-            found = [step_of(path) for path in RunFolder(Path(now.folder)).checkpoints()] if now.folder else []
+            found = [step_of(path) for path in RunFolder(Path(now.folder)).checkpoints() if path.suffix != ".old"] if now.folder else []
             options = [(f"step {step}", step) for step in found] or [("no checkpoint", -1)]
-            if list(self.checkpoint.options) != options:
-                self.checkpoint.options = options
+            offer(self.checkpoint, options, otherwise=-1)
         checkpoints = self.checkpoint.value >= 0
         for name, one in self.buttons.items():
             again = name == "start" or (name == "go_on" and now.state != "finished" and checkpoints)

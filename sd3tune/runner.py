@@ -221,7 +221,7 @@ class Runner:
             self._obey(trainer)
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
-        trainer.rewind(step)
+        self._take(trainer.rewind(step))
         self._gauges = Gauges()
         now = self._snapshot
         self._put(

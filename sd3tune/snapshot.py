@@ -18,6 +18,7 @@ from sd3tune.records import (
     PreviewRecord,
     Record,
     ScoreRecord,
+    SegmentRecord,
     StepRecord,
 )
 
@@ -66,6 +67,8 @@ class Snapshot:
     """Validation pictures that were drawn, or could not be."""
     grid_step: int = 0
     """Of the newest of them."""
+    went_back: int = 0
+    """How often the run left an earlier step anew: what was drawn after that step counts no longer."""
     error: str = ""
     log: tuple[str, ...] = ()
     steering: tuple[tuple[int, dict[str, Any]], ...] = ()
@@ -181,6 +184,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said
     if isinstance(record, CheckpointRecord):
         return {}, f"saved {record.path}"
+    if isinstance(record, SegmentRecord):
+        return {"went_back": now.went_back + 1}, ""
     if isinstance(record, CommandRecord):
         return {}, f"{record.name}: not done: {record.refused}" if record.refused else ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""

@@ -83,7 +83,7 @@ class RunPanel(Panel):
         """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
-        self._told, self._seen, self._sent = self.runner.snapshot.refusals, 0, dict[str, tuple[str, float]]()
+        self._told, self._seen, self._sent = self.runner.snapshot.refusals, (0, 0), dict[str, tuple[str, float]]()
         self._agreed: RunConfig | None = None
         self._listed: tuple[str, ...] = ()
         self.widget = self._layout()
@@ -220,8 +220,9 @@ class RunPanel(Panel):
                 drawing.look(now, clock)
             put(self.changed, showing.changes(now))
             put(self.previews, showing.previews(now))
-            if now.folder and now.pictures != self._seen and now.state != "validating":
-                self._seen = now.pictures
+            drawn = (now.pictures, now.went_back)
+            if now.folder and drawn != self._seen and now.state != "validating":
+                self._seen = drawn
                 self.pictures.look(now.folder)
             for look in self.watchers:
                 look(now)

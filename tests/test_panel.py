@@ -10,8 +10,8 @@ import pytest
 from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
 from sd3tune.config import presets
-from sd3tune.errors import TrainingError
-from sd3tune.panels import TrainingPanel, record, run, showing
+from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.panels import TrainingPanel, record, run, showing, taking
 from sd3tune.panels.lab import GridLab
 from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
 from sd3tune.xy import XYRecord
@@ -110,6 +110,93 @@ def test_a_failure_is_red_text_and_wait_raises_it(fake: FakeTrainer) -> None:
         panel.wait(PATIENCE)
     assert "color:#d32f2f" in panel.status.value
     assert "RuntimeError: &lt;script&gt;out of memory" in panel.status.value
+
+
+# --- going on ------------------------------------------------------------------------------------------------------------
+
+
+def stopped(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainingPanel, list[dict[str, Any]]]:
+    """A panel whose run was stopped at its second update, with a checkpoint; what it is gone on with is noted."""
+    given = list[dict[str, Any]]()
+
+    def resumed(folder: str, cache: Any, changes: dict[str, Any]) -> FakeTrainer:
+        assert folder == str(fake.folder.path)
+        given.append(changes)
+        return fake
+
+    monkeypatch.setattr(run, "resumed", resumed)
+    fake.gates["update"].clear()
+    panel = panel_of(fake)
+    panel.start()
+    assert fake.reached["update"].wait(PATIENCE)
+    panel.press("stop")
+    fake.gates["update"].set()
+    panel.wait(PATIENCE)
+    leave_checkpoints(fake, 1)
+    panel.runner._note("saved")
+    panel.refresh()
+    assert not panel.buttons["go_on"].disabled
+    return panel, given
+
+
+def test_what_was_changed_in_the_form_after_a_stop_is_what_the_run_goes_on_with(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.fields["learning_rate"].value = 0.5
+    panel.draft.change(gradient_checkpointing=True, validation_prompt=("unread",))
+    panel.press("go_on")
+    end = panel.wait(PATIENCE)
+    assert (end.state, end.learning_rate) == ("finished", 0.5)
+    assert given == [{"gradient_checkpointing": True}]
+    assert ("set", {"learning_rate": 0.5, "validation_prompt": ("unread",)}) in fake.calls
+    assert fake.new_prompts == ["unread"]
+    assert panel.config.optimizer.learning_rate == 0.5
+
+
+def test_a_run_that_goes_on_unchanged_is_told_nothing(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.press("go_on")
+    panel.wait(PATIENCE)
+    assert given == [{}]
+    assert not [call for call in fake.calls if call[0] == "set"]
+
+
+def test_a_setting_that_needs_a_new_run_is_named_and_nothing_goes_on(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    rank = panel.config.adapter.lora_rank
+    panel.draft.change(lora_rank=2 * rank)
+    panel.press("go_on")
+    assert f"Not gone on: LoRA rank ({rank}) cannot change when a run goes on" in panel.note.value
+    assert (given, panel.runner.snapshot.state, panel.config.adapter.lora_rank) == ([], "stopped", 2 * rank)
+    with pytest.raises(ConfigError, match="press Start for a new run"):
+        panel.resume()
+    panel.draft.change(lora_rank=rank)
+    panel.press("go_on")
+    assert panel.wait(PATIENCE).state == "finished"
+
+
+def test_a_wrong_field_holds_a_run_back_that_would_go_on(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.fields["learning_rate"].value = -1
+    assert panel.form.wrong
+    panel.press("go_on")
+    assert "Not started" in panel.note.value
+    assert given == []
+
+
+def test_what_a_failed_run_changed_after_its_checkpoint_is_told_again(fake: FakeTrainer, tmp_path: Path) -> None:
+    leave_checkpoints(fake, 2, 4)
+    (fake.folder.path / "checkpoints" / "latest.json").write_text('{"step": 4, "folder": "step-000004"}')
+    steering = ((2, {"max_grad_norm": 0.5}), (5, {"learning_rate": 0.5}))
+    assert taking.undone(Snapshot(state="failed", folder=str(fake.folder.path), steering=steering)) == {"learning_rate"}
+    assert taking.undone(Snapshot(state="stopped", folder=str(fake.folder.path), steering=steering)) == set()
+    found = taking.changed(fake.config, fake.config, frozenset({"learning_rate"}))
+    assert found == taking.Changed({}, {"learning_rate": fake.config.optimizer.learning_rate}, {})
+
+
+def test_a_length_in_updates_takes_the_place_of_one_in_epochs() -> None:
+    epochs = presets.playground(max_train_steps=None, num_train_epochs=3, lr_warmup_steps=0)
+    found = taking.changed(epochs.replace(max_train_steps=9, num_train_epochs=None), epochs)
+    assert (found.live, found.fixed) == ({"max_train_steps": 9}, {})
 
 
 # --- what is chosen ------------------------------------------------------------------------------------------------------

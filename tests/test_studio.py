@@ -21,7 +21,7 @@ from test_trainer import same_state
 import sd3tune as st
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.models.savings import savings
-from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, codes, doctor, lab, record
+from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, TrainingPanel, codes, doctor, lab, record
 from sd3tune.panels.pictures import grid_at, in_words, jpeg, shown_at
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.painter import Drawn
@@ -280,6 +280,31 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(bench: Workbench, tmp_path: P
     end = panel.wait(PATIENCE)
     assert (end.state, end.step, end.folder) == ("finished", 5, stopped.folder)
     assert "st.replay(" in panel.code()
+
+
+def test_another_kernels_panel_takes_up_a_run_that_was_left(bench: Workbench, tmp_path: Path) -> None:
+    """With the settings that the run has, whatever the cell says, and with what is changed from then on."""
+    config = bench.config(max_train_steps=5, validation_disable=True, output_dir=str(tmp_path / "run"))
+    panel = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    panel.press("start")
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
+    panel.fields["learning_rate"].value = 5e-4
+    panel.press("stop")
+    stopped = panel.wait(PATIENCE)
+    again = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    assert f"{stopped.folder}: stopped at step {stopped.step} of 5; newest checkpoint: step {stopped.step}. Go on" in again.note.value
+    assert (again.runner.snapshot.state, again.checkpoint.value) == ("stopped", stopped.step)
+    assert again.fields["learning_rate"].value == 1e-3, "the cell's, until it goes on"
+    again.fields["max_grad_norm"].value = 0.5
+    assert not again.buttons["go_on"].disabled
+    again.press("go_on")
+    end = again.wait(PATIENCE)
+    assert (end.state, end.step, end.folder) == ("finished", 5, stopped.folder)
+    assert end.config is not None
+    assert (end.config.optimizer.learning_rate, end.config.optimizer.max_grad_norm) == (5e-4, 0.5)
+    once_more = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    assert (once_more.runner.snapshot.state, once_more.note.value) == ("idle", ""), "it is finished"
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ class Snapshot:
     """How many of those drawn lie in each tenth of 0 to 1."""
     cells: tuple[Any, ...] = ()
     """Of the newest grid that was asked for, as far as they are drawn."""
+    price: Any = None
+    """What that grid costs, as its record says."""
     previews: tuple[bytes, ...] = ()
     """Pictures that are being drawn, as JPEG files, while previews are asked for."""
     count: int = 0
@@ -179,6 +181,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         return {}, said_of(record)
     if record.type == "cell":
         return {"cells": (*now.cells, record), "previews": ()}, ""
+    if record.type == "price":
+        return {"price": record}, str(record)
     if isinstance(record, EvalRecord):
         said = f"loss on held-out pictures {record.loss:.4g}" + f"; {record.verdict}" * bool(record.verdict)
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said

@@ -11,10 +11,13 @@ from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
 from sd3tune.config import presets
 from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.inbox import Command
 from sd3tune.panels import TrainingPanel, record, run, showing, taking
 from sd3tune.panels.lab import GridLab
+from sd3tune.panels.pictures import jpeg
+from sd3tune.shown import duration
 from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
-from sd3tune.xy import XYRecord
+from sd3tune.xy import PriceRecord, XYRecord, grid_of, label
 
 
 @pytest.fixture
@@ -238,22 +241,75 @@ def test_a_checkpoint_that_is_gone_leaves_its_place_to_the_newest(live: Training
     assert ([step for _, step in live.checkpoint.options], live.checkpoint.value) == ([8, 12], 12)
 
 
+def cells_of(guidances: list[float]) -> list[XYRecord]:
+    """A row of a grid over guidance, each cell of which could not be drawn."""
+    x, y = ("validation_guidance", guidances), ("validation_seed", [1])
+    return [
+        XYRecord(step=1, row=0, column=k, settings={x[0]: one, y[0]: 1}, clip=None, seconds=0.1, problem="none", x=x, y=y)
+        for k, one in enumerate(guidances)
+    ]
+
+
 def test_cell_and_prompt_of_the_lab_stay_chosen_while_others_come(fake: FakeTrainer) -> None:
     panel = panel_of(fake)
     board = GridLab(panel)
-    cells = [
-        XYRecord(step=1, row=0, column=column, settings={"validation_guidance": float(column)}, clip=None, seconds=0.1, problem="none")
-        for column in range(3)
-    ]
-    board._axes = ("validation_guidance", [0.0, 1.0, 2.0]), ("validation_seed", [1])
+    cells = cells_of([0.0, 1.0, 2.0])
     board.look(Snapshot(state="validating", cells=tuple(cells[:2])))
     board.cell.value = "0,1"
     board.look(Snapshot(state="validating", cells=tuple(cells)))
     assert (len(board.cell.options), board.cell.value) == (3, "0,1")
+    board.look(Snapshot(state="validating", cells=tuple(cells_of([5.0, 6.0]))))
+    assert (len(board.cell.options), board.cell.value) == (2, "0,0"), "another grid"
     panel.draft.change(validation_prompt=("lock", "rooster"))
     board.prompt.value = "rooster"
     panel.draft.change(validation_prompt=("lock", "pot", "rooster"))
     assert (len(board.prompt.options), board.prompt.value) == (4, "rooster")
+
+
+def test_a_grid_keeps_its_labels_whatever_is_typed_while_it_is_drawn(live: TrainingPanel) -> None:
+    board = GridLab(live)
+    board.x.value, board.y.value = "validation_guidance", "validation_seed"
+    board.xs.value, board.ys.value = "1, 3", "1"
+    board.draw()
+    assert "Asked" in board.note.value
+    assert live.runner._inbox.queue.get_nowait().name == "look"
+    live.runner._put(state="validating")
+    board.xs.value = "1, 2.5, 4"
+    board.draw()
+    assert "Not asked: the run is validating" in board.note.value
+    assert live.runner._inbox.queue.empty()
+    first, *_ = cells = cells_of([1.0, 3.0])
+    board.look(Snapshot(state="validating", cells=(first,)))
+    assert "1 of 2 cells are drawn" in board.note.value
+    assert board.image.value == jpeg(grid_of(first.x, first.y, {(0, 0): first}).image())
+    board.look(Snapshot(state="training", cells=tuple(cells)))
+    names = [", ".join(label(name, value) for name, value in one.settings.items()) for one in cells]
+    assert list(board.cell.options) == [(names[0], "0,0"), (names[1], "0,1")]
+    live.runner._put(state="training")
+
+
+def test_the_lab_says_why_the_run_drew_nothing(live: TrainingPanel) -> None:
+    board = GridLab(live)
+    board.draw()
+    assert live.runner._inbox.queue.get_nowait().name == "look"
+    live.runner._refuse(Command("look", {}), "validation_guidance_skip_layers: beyond this model's blocks")
+    board.look(live.runner.snapshot)
+    assert "Not done: validation_guidance_skip_layers: beyond this model" in board.note.value
+
+
+def test_the_lab_says_the_price_before_anything_is_drawn(fake: FakeTrainer) -> None:
+    panel = panel_of(fake)
+    board = GridLab(panel)
+    board.x.value, board.y.value = "validation_guidance", "validation_seed"
+    board.xs.value, board.ys.value = "1, 3", "1, 2"
+    steps = panel.config.validation.validation_num_inference_steps
+    assert f"4 pictures, {6 * steps} forwards of the model; Price says how long that takes." in board.cost.value
+    board.look(Snapshot(state="training", price=PriceRecord(step=1, pictures=1, forwards=10, seconds=20.0)))
+    panel.price.value = 3.0
+    seconds = 2.0 * 6 * steps
+    assert f"{6 * steps} forwards of the model: about {duration(seconds)}, {seconds / 1200:.2f} to pay." in board.cost.value
+    board.xs.value = "1, x"
+    assert board.cost.value == ""
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------------

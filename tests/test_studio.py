@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Workbench
 from PIL import Image
+from safetensors import safe_open
 from test_trainer import same_state
 
 import sd3tune as st
@@ -115,6 +116,11 @@ def test_the_grid_lab_draws_with_the_paused_model_and_a_cell_is_taken_over(studi
     board = studio.lab
     board.x.value, board.y.value = "validation_guidance", "validation_adapter_strength"
     board.xs.value, board.ys.value = "1, 3", "0, 1"
+    board.price()
+    now = studio.wait(PATIENCE, until=lambda now: now.price is not None and now.state == "paused")
+    studio.refresh()
+    assert not now.cells
+    assert f"{now.price.forwards} forwards of the model: about" in board.cost.value
     board.draw()
     now = studio.wait(PATIENCE, until=lambda now: len(now.cells) == 4 and now.state == "paused")
     studio.refresh()
@@ -173,7 +179,7 @@ def test_a_grid_over_checkpoints_draws_with_each_ones_adapter_and_leaves_the_tra
         XYGrid(trainer, (CHECKPOINT, [3]), ("validation_seed", [1]))
 
 
-def test_the_lab_offers_the_runs_checkpoints(studio: Studio) -> None:
+def test_the_lab_offers_the_runs_checkpoints(studio: Studio, tmp_path: Path) -> None:
     """As an axis; a cell's checkpoint becomes the one to rewind to, and a step without one is refused in words."""
     board = studio.lab
     assert studio.runner.snapshot.state == "paused"
@@ -187,7 +193,14 @@ def test_the_lab_offers_the_runs_checkpoints(studio: Studio) -> None:
     board.cell.value = "0,0"
     studio.checkpoint.value = studio.checkpoint.options[-1][1]
     board.use()
-    assert "Rewind goes back to step 4" in board.note.value
+    assert "Rewind goes back to step 4, and Export can write that step's adapter" in board.note.value.replace("&#x27;", "'")
+    studio.refresh()
+    export, out = studio.export, tmp_path / "step-4.safetensors"
+    export.step.value, export.layout.value, export.target.value = 4, "comfyui", str(out)
+    export.write()
+    assert f"{out}: step 4, " in export.said.value
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["sd3tune.step"] == "4"
     assert studio.checkpoint.value == 4
     board.xs.value = "99"
     board.draw()

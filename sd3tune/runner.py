@@ -33,16 +33,16 @@ class Runner:
     """Runs one trainer in one worker thread. Anybody may read ``snapshot`` and ``send`` commands.
 
     ``make`` gives the trainer, at once or after records of what it takes (encoding). The trainer lives in the worker only: when the run
-    ends, whatever the end, its memory is free again.
+    ends, whatever the end, its memory is free again. ``left`` is a run that ended elsewhere, which such a runner only shows.
     """
 
-    def __init__(self, make: Callable[[], Made] | Trainer, *, key: str = "") -> None:
+    def __init__(self, make: Callable[[], Made] | Trainer, *, key: str = "", left: Snapshot | None = None) -> None:
         self._make: Callable[[], Made] | Trainer | None = make
         self.key = key
         self.viewer: object = None
         self._inbox = Inbox()
         self._changed = threading.Condition()
-        self._snapshot = Snapshot()
+        self._snapshot = left or Snapshot()
         self._log: deque[str] = deque(maxlen=200)
         self._gauges = Gauges()
         self._failure: Failure | None = None
@@ -221,7 +221,7 @@ class Runner:
             self._obey(trainer)
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
-        trainer.rewind(step)
+        self._take(trainer.rewind(step))
         self._gauges = Gauges()
         now = self._snapshot
         self._put(

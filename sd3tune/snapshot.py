@@ -18,6 +18,7 @@ from sd3tune.records import (
     PreviewRecord,
     Record,
     ScoreRecord,
+    SegmentRecord,
     StepRecord,
 )
 
@@ -66,6 +67,8 @@ class Snapshot:
     """Validation pictures that were drawn, or could not be."""
     grid_step: int = 0
     """Of the newest of them."""
+    went_back: int = 0
+    """How often the run left an earlier step anew: what was drawn after that step counts no longer."""
     error: str = ""
     log: tuple[str, ...] = ()
     steering: tuple[tuple[int, dict[str, Any]], ...] = ()
@@ -80,6 +83,8 @@ class Snapshot:
     """How many of those drawn lie in each tenth of 0 to 1."""
     cells: tuple[Any, ...] = ()
     """Of the newest grid that was asked for, as far as they are drawn."""
+    price: Any = None
+    """What that grid costs, as its record says."""
     previews: tuple[bytes, ...] = ()
     """Pictures that are being drawn, as JPEG files, while previews are asked for."""
     count: int = 0
@@ -176,11 +181,15 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         return {}, said_of(record)
     if record.type == "cell":
         return {"cells": (*now.cells, record), "previews": ()}, ""
+    if record.type == "price":
+        return {"price": record}, str(record)
     if isinstance(record, EvalRecord):
         said = f"loss on held-out pictures {record.loss:.4g}" + f"; {record.verdict}" * bool(record.verdict)
         return {"evals": (*now.evals, (record.step, record.loss)), "verdict": record.verdict}, said
     if isinstance(record, CheckpointRecord):
         return {}, f"saved {record.path}"
+    if isinstance(record, SegmentRecord):
+        return {"went_back": now.went_back + 1}, ""
     if isinstance(record, CommandRecord):
         return {}, f"{record.name}: not done: {record.refused}" if record.refused else ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""

@@ -10,9 +10,14 @@ import pytest
 from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
 from sd3tune.config import presets
-from sd3tune.errors import TrainingError
-from sd3tune.panels import TrainingPanel, record, run, showing
+from sd3tune.errors import ConfigError, TrainingError
+from sd3tune.inbox import Command
+from sd3tune.panels import TrainingPanel, record, run, showing, taking
+from sd3tune.panels.lab import GridLab
+from sd3tune.panels.pictures import jpeg
+from sd3tune.shown import duration
 from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
+from sd3tune.xy import PriceRecord, XYRecord, grid_of, label
 
 
 @pytest.fixture
@@ -108,6 +113,203 @@ def test_a_failure_is_red_text_and_wait_raises_it(fake: FakeTrainer) -> None:
         panel.wait(PATIENCE)
     assert "color:#d32f2f" in panel.status.value
     assert "RuntimeError: &lt;script&gt;out of memory" in panel.status.value
+
+
+# --- going on ------------------------------------------------------------------------------------------------------------
+
+
+def stopped(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainingPanel, list[dict[str, Any]]]:
+    """A panel whose run was stopped at its second update, with a checkpoint; what it is gone on with is noted."""
+    given = list[dict[str, Any]]()
+
+    def resumed(folder: str, cache: Any, changes: dict[str, Any]) -> FakeTrainer:
+        assert folder == str(fake.folder.path)
+        given.append(changes)
+        return fake
+
+    monkeypatch.setattr(run, "resumed", resumed)
+    fake.gates["update"].clear()
+    panel = panel_of(fake)
+    panel.start()
+    assert fake.reached["update"].wait(PATIENCE)
+    panel.press("stop")
+    fake.gates["update"].set()
+    panel.wait(PATIENCE)
+    leave_checkpoints(fake, 1)
+    panel.runner._note("saved")
+    panel.refresh()
+    assert not panel.buttons["go_on"].disabled
+    return panel, given
+
+
+def test_what_was_changed_in_the_form_after_a_stop_is_what_the_run_goes_on_with(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.fields["learning_rate"].value = 0.5
+    panel.draft.change(gradient_checkpointing=True, validation_prompt=("unread",))
+    panel.press("go_on")
+    end = panel.wait(PATIENCE)
+    assert (end.state, end.learning_rate) == ("finished", 0.5)
+    assert given == [{"gradient_checkpointing": True}]
+    assert ("set", {"learning_rate": 0.5, "validation_prompt": ("unread",)}) in fake.calls
+    assert fake.new_prompts == ["unread"]
+    assert panel.config.optimizer.learning_rate == 0.5
+
+
+def test_a_run_that_goes_on_unchanged_is_told_nothing(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.press("go_on")
+    panel.wait(PATIENCE)
+    assert given == [{}]
+    assert not [call for call in fake.calls if call[0] == "set"]
+
+
+def test_a_setting_that_needs_a_new_run_is_named_and_nothing_goes_on(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    rank = panel.config.adapter.lora_rank
+    panel.draft.change(lora_rank=2 * rank)
+    panel.press("go_on")
+    assert f"Not gone on: LoRA rank ({rank}) cannot change when a run goes on" in panel.note.value
+    assert (given, panel.runner.snapshot.state, panel.config.adapter.lora_rank) == ([], "stopped", 2 * rank)
+    with pytest.raises(ConfigError, match="press Start for a new run"):
+        panel.resume()
+    panel.draft.change(lora_rank=rank)
+    panel.press("go_on")
+    assert panel.wait(PATIENCE).state == "finished"
+
+
+def test_a_wrong_field_holds_a_run_back_that_would_go_on(fake: FakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel, given = stopped(fake, monkeypatch)
+    panel.fields["learning_rate"].value = -1
+    assert panel.form.wrong
+    panel.press("go_on")
+    assert "Not started" in panel.note.value
+    assert given == []
+
+
+def test_what_a_failed_run_changed_after_its_checkpoint_is_told_again(fake: FakeTrainer, tmp_path: Path) -> None:
+    leave_checkpoints(fake, 2, 4)
+    (fake.folder.path / "checkpoints" / "latest.json").write_text('{"step": 4, "folder": "step-000004"}')
+    steering = ((2, {"max_grad_norm": 0.5}), (5, {"learning_rate": 0.5}))
+    assert taking.undone(Snapshot(state="failed", folder=str(fake.folder.path), steering=steering)) == {"learning_rate"}
+    assert taking.undone(Snapshot(state="stopped", folder=str(fake.folder.path), steering=steering)) == set()
+    found = taking.changed(fake.config, fake.config, frozenset({"learning_rate"}))
+    assert found == taking.Changed({}, {"learning_rate": fake.config.optimizer.learning_rate}, {})
+
+
+def test_a_length_in_updates_takes_the_place_of_one_in_epochs() -> None:
+    epochs = presets.playground(max_train_steps=None, num_train_epochs=3, lr_warmup_steps=0)
+    found = taking.changed(epochs.replace(max_train_steps=9, num_train_epochs=None), epochs)
+    assert (found.live, found.fixed) == ({"max_train_steps": 9}, {})
+
+
+# --- what is chosen ------------------------------------------------------------------------------------------------------
+
+
+def leave_checkpoints(fake: FakeTrainer, *steps: int) -> None:
+    for step in steps:
+        state = fake.folder.path / "checkpoints" / f"step-{step:06d}" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text("{}")
+
+
+def test_a_rewind_goes_to_the_checkpoint_that_was_chosen_whatever_is_written_since(live: TrainingPanel, fake: FakeTrainer) -> None:
+    leave_checkpoints(fake, 4, 8)
+    live.runner._note("saved")
+    live.refresh()
+    assert live.checkpoint.value == 8, "the newest is offered first"
+    live.checkpoint.value = 4
+    leave_checkpoints(fake, 2, 12)
+    live.runner._note("saved")
+    live.refresh()
+    assert [step for _, step in live.checkpoint.options] == [2, 4, 8, 12]
+    assert live.checkpoint.value == 4
+    live.press("rewind")
+    fake.gates["update"].set()
+    live.wait(PATIENCE)
+    assert ("rewind", 4) in fake.calls
+
+
+def test_a_checkpoint_that_is_gone_leaves_its_place_to_the_newest(live: TrainingPanel, fake: FakeTrainer) -> None:
+    leave_checkpoints(fake, 4, 8)
+    live.runner._note("saved")
+    live.refresh()
+    live.checkpoint.value = 4
+    leave_checkpoints(fake, 12)
+    (fake.folder.path / "checkpoints" / "step-000004" / "state.json").unlink()
+    live.runner._note("saved")
+    live.refresh()
+    assert ([step for _, step in live.checkpoint.options], live.checkpoint.value) == ([8, 12], 12)
+
+
+def cells_of(guidances: list[float]) -> list[XYRecord]:
+    """A row of a grid over guidance, each cell of which could not be drawn."""
+    x, y = ("validation_guidance", guidances), ("validation_seed", [1])
+    return [
+        XYRecord(step=1, row=0, column=k, settings={x[0]: one, y[0]: 1}, clip=None, seconds=0.1, problem="none", x=x, y=y)
+        for k, one in enumerate(guidances)
+    ]
+
+
+def test_cell_and_prompt_of_the_lab_stay_chosen_while_others_come(fake: FakeTrainer) -> None:
+    panel = panel_of(fake)
+    board = GridLab(panel)
+    cells = cells_of([0.0, 1.0, 2.0])
+    board.look(Snapshot(state="validating", cells=tuple(cells[:2])))
+    board.cell.value = "0,1"
+    board.look(Snapshot(state="validating", cells=tuple(cells)))
+    assert (len(board.cell.options), board.cell.value) == (3, "0,1")
+    board.look(Snapshot(state="validating", cells=tuple(cells_of([5.0, 6.0]))))
+    assert (len(board.cell.options), board.cell.value) == (2, "0,0"), "another grid"
+    panel.draft.change(validation_prompt=("lock", "rooster"))
+    board.prompt.value = "rooster"
+    panel.draft.change(validation_prompt=("lock", "pot", "rooster"))
+    assert (len(board.prompt.options), board.prompt.value) == (4, "rooster")
+
+
+def test_a_grid_keeps_its_labels_whatever_is_typed_while_it_is_drawn(live: TrainingPanel) -> None:
+    board = GridLab(live)
+    board.x.value, board.y.value = "validation_guidance", "validation_seed"
+    board.xs.value, board.ys.value = "1, 3", "1"
+    board.draw()
+    assert "Asked" in board.note.value
+    assert live.runner._inbox.queue.get_nowait().name == "look"
+    live.runner._put(state="validating")
+    board.xs.value = "1, 2.5, 4"
+    board.draw()
+    assert "Not asked: the run is validating" in board.note.value
+    assert live.runner._inbox.queue.empty()
+    first, *_ = cells = cells_of([1.0, 3.0])
+    board.look(Snapshot(state="validating", cells=(first,)))
+    assert "1 of 2 cells are drawn" in board.note.value
+    assert board.image.value == jpeg(grid_of(first.x, first.y, {(0, 0): first}).image())
+    board.look(Snapshot(state="training", cells=tuple(cells)))
+    names = [", ".join(label(name, value) for name, value in one.settings.items()) for one in cells]
+    assert list(board.cell.options) == [(names[0], "0,0"), (names[1], "0,1")]
+    live.runner._put(state="training")
+
+
+def test_the_lab_says_why_the_run_drew_nothing(live: TrainingPanel) -> None:
+    board = GridLab(live)
+    board.draw()
+    assert live.runner._inbox.queue.get_nowait().name == "look"
+    live.runner._refuse(Command("look", {}), "validation_guidance_skip_layers: beyond this model's blocks")
+    board.look(live.runner.snapshot)
+    assert "Not done: validation_guidance_skip_layers: beyond this model" in board.note.value
+
+
+def test_the_lab_says_the_price_before_anything_is_drawn(fake: FakeTrainer) -> None:
+    panel = panel_of(fake)
+    board = GridLab(panel)
+    board.x.value, board.y.value = "validation_guidance", "validation_seed"
+    board.xs.value, board.ys.value = "1, 3", "1, 2"
+    steps = panel.config.validation.validation_num_inference_steps
+    assert f"4 pictures, {6 * steps} forwards of the model; Price says how long that takes." in board.cost.value
+    board.look(Snapshot(state="training", price=PriceRecord(step=1, pictures=1, forwards=10, seconds=20.0)))
+    panel.price.value = 3.0
+    seconds = 2.0 * 6 * steps
+    assert f"{6 * steps} forwards of the model: about {duration(seconds)}, {seconds / 1200:.2f} to pay." in board.cost.value
+    board.xs.value = "1, x"
+    assert board.cost.value == ""
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------------

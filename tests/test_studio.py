@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import Workbench
 from PIL import Image
+from safetensors import safe_open
 from test_trainer import same_state
 
 import sd3tune as st
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.models.savings import savings
-from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, codes, doctor, lab, record
+from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, TrainingPanel, codes, doctor, lab, record
 from sd3tune.panels.pictures import grid_at, in_words, jpeg, shown_at
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.painter import Drawn
@@ -115,6 +116,11 @@ def test_the_grid_lab_draws_with_the_paused_model_and_a_cell_is_taken_over(studi
     board = studio.lab
     board.x.value, board.y.value = "validation_guidance", "validation_adapter_strength"
     board.xs.value, board.ys.value = "1, 3", "0, 1"
+    board.price()
+    now = studio.wait(PATIENCE, until=lambda now: now.price is not None and now.state == "paused")
+    studio.refresh()
+    assert not now.cells
+    assert f"{now.price.forwards} forwards of the model: about" in board.cost.value
     board.draw()
     now = studio.wait(PATIENCE, until=lambda now: len(now.cells) == 4 and now.state == "paused")
     studio.refresh()
@@ -173,7 +179,7 @@ def test_a_grid_over_checkpoints_draws_with_each_ones_adapter_and_leaves_the_tra
         XYGrid(trainer, (CHECKPOINT, [3]), ("validation_seed", [1]))
 
 
-def test_the_lab_offers_the_runs_checkpoints(studio: Studio) -> None:
+def test_the_lab_offers_the_runs_checkpoints(studio: Studio, tmp_path: Path) -> None:
     """As an axis; a cell's checkpoint becomes the one to rewind to, and a step without one is refused in words."""
     board = studio.lab
     assert studio.runner.snapshot.state == "paused"
@@ -187,7 +193,14 @@ def test_the_lab_offers_the_runs_checkpoints(studio: Studio) -> None:
     board.cell.value = "0,0"
     studio.checkpoint.value = studio.checkpoint.options[-1][1]
     board.use()
-    assert "Rewind goes back to step 4" in board.note.value
+    assert "Rewind goes back to step 4, and Export can write that step's adapter" in board.note.value.replace("&#x27;", "'")
+    studio.refresh()
+    export, out = studio.export, tmp_path / "step-4.safetensors"
+    export.step.value, export.layout.value, export.target.value = 4, "comfyui", str(out)
+    export.write()
+    assert f"{out}: step 4, " in export.said.value
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["sd3tune.step"] == "4"
     assert studio.checkpoint.value == 4
     board.xs.value = "99"
     board.draw()
@@ -280,6 +293,31 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(bench: Workbench, tmp_path: P
     end = panel.wait(PATIENCE)
     assert (end.state, end.step, end.folder) == ("finished", 5, stopped.folder)
     assert "st.replay(" in panel.code()
+
+
+def test_another_kernels_panel_takes_up_a_run_that_was_left(bench: Workbench, tmp_path: Path) -> None:
+    """With the settings that the run has, whatever the cell says, and with what is changed from then on."""
+    config = bench.config(max_train_steps=5, validation_disable=True, output_dir=str(tmp_path / "run"))
+    panel = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    panel.press("start")
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
+    panel.fields["learning_rate"].value = 5e-4
+    panel.press("stop")
+    stopped = panel.wait(PATIENCE)
+    again = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    assert f"{stopped.folder}: stopped at step {stopped.step} of 5; newest checkpoint: step {stopped.step}. Go on" in again.note.value
+    assert (again.runner.snapshot.state, again.checkpoint.value) == ("stopped", stopped.step)
+    assert again.fields["learning_rate"].value == 1e-3, "the cell's, until it goes on"
+    again.fields["max_grad_norm"].value = 0.5
+    assert not again.buttons["go_on"].disabled
+    again.press("go_on")
+    end = again.wait(PATIENCE)
+    assert (end.state, end.step, end.folder) == ("finished", 5, stopped.folder)
+    assert end.config is not None
+    assert (end.config.optimizer.learning_rate, end.config.optimizer.max_grad_norm) == (5e-4, 0.5)
+    once_more = TrainingPanel(config, bench.cache(config), data=bench.datasets)
+    assert (once_more.runner.snapshot.state, once_more.note.value) == ("idle", ""), "it is finished"
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------
@@ -411,6 +449,7 @@ def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the
     panel.save()
     assert panel.source.value == str(tmp_path / "my-pots.yaml")
     assert "1 captions are kept in" in panel.note.value
+    assert panel.cuts[panel.picture.value].item.path.stem == texts[1].stem, "the next picture to write about is near this one"
     assert form.widget.layout.display == "none"
     assert panel.plan is not None
     assert "a pot of mine" in {item.caption for item in panel.plan.catalog.items}

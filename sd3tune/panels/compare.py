@@ -16,9 +16,10 @@ from sd3tune.panels import codes
 from sd3tune.panels.base import Displayed
 from sd3tune.panels.looks import button, put, row, sentence, table, tip
 from sd3tune.panels.pictures import SIDE, jpeg, shown_at, small
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import title
+from sd3tune.validation.standing import steps_drawn
 
 
 class ComparePanel(Displayed):
@@ -116,7 +117,7 @@ def in_words(names: list[str], losses: dict[str, Curve], held: dict[str, list[tu
 
 def pair_grid(folders: list[RunFolder], names: list[str]) -> Grid | None:
     """The newest pictures of each run below each other, of the prompts that both have drawn; nothing when there are none."""
-    newest = [[step_of(at) for at in picture_folders(folder)][-1:] for folder in folders]
+    newest = [steps_drawn(folder)[-1:] for folder in folders]
     if not all(newest):
         return None
     found = [{one.shot.place: one for one in shown_at(folder, steps[0])} for folder, steps in zip(folders, newest, strict=True)]

@@ -15,7 +15,7 @@ from sd3tune.files import write_text
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.folder import FolderForm
-from sd3tune.panels.looks import button, put, row, sentence, small, tabs, tip
+from sd3tune.panels.looks import button, offer, put, row, sentence, small, tabs, tip
 from sd3tune.panels.pictures import jpeg
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class DataPanel(Panel):
 
     def look(self) -> None:
         """Read the folders (headers alone, no model) and show what a run would do with them."""
+        before = next((p.item.path for k, p in enumerate(self.cuts) if k == self.picture.value), None)
         try:
             self.folder_form.show(self.source.value, most=max(map(max, self.config.validation_sizes)))
             catalog = discover(self.source.value)
@@ -82,8 +83,7 @@ class DataPanel(Panel):
         self._show_page()
         names = [f"{k + 1}. {p.item.path.name}{'' if p.item.captions else ' (no caption)'}" for k, p in enumerate(self.cuts)]
         options = [(name, k) for k, name in enumerate(names)] or [("none", -1)]
-        if list(self.picture.options) != options:
-            self.picture.options = options
+        offer(self.picture, options, chosen=next((k for k, p in enumerate(self.cuts) if p.item.path == before), options[0][1]))
         self._choose()
 
     @staticmethod

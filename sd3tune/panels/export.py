@@ -9,8 +9,9 @@ import ipywidgets as widgets
 
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, FileError, Sd3TuneError
+from sd3tune.opening import open_run
 from sd3tune.panels.base import Displayed
-from sd3tune.panels.looks import button, put, row, sentence, tip
+from sd3tune.panels.looks import button, offer, put, row, sentence, tip
 from sd3tune.run_folder import RunFolder
 
 LAYOUTS = (("diffusers", "diffusers"), ("ComfyUI", "comfyui"))
@@ -24,6 +25,9 @@ class ExportPanel(Displayed):
         self.source: Any = tip(
             widgets.Text(value=str(source), description="From", continuous_update=False, layout=wide), "a run folder or a LoRA file"
         )
+        self.step: Any = tip(
+            widgets.Dropdown(options=[("final adapter", -1)], description="Which", layout=wide), "the final adapter, or a checkpoint's"
+        )
         self.layout: Any = tip(widgets.Dropdown(options=LAYOUTS, description="For", layout=wide), "whose names of layers the file has")
         self.target: Any = tip(
             widgets.Text(value="my-lora.safetensors", description="To", continuous_update=False, layout=wide), "the file to write"
@@ -31,7 +35,7 @@ class ExportPanel(Displayed):
         self.note, self.said = widgets.HTML(), widgets.HTML()
         self.widget: Any = widgets.VBox(
             [
-                self.source, self.layout, self.target,
+                self.source, self.step, self.layout, self.target,
                 row(
                     button("Look", self.look, "what is in the file"), button("Write", self.write, "convert, write, read back, compare"),
                     button("Report", self.report, "the whole run as one page, report.html"),
@@ -41,6 +45,16 @@ class ExportPanel(Displayed):
             ],
             layout=widgets.Layout(width="100%", max_width="1100px"),
         )  # fmt: skip
+        self.source.observe(lambda _: self.offer_steps(), "value")
+        self.offer_steps()
+
+    def offer_steps(self) -> None:
+        """Offer the checkpoints that the run has now, besides its final adapter."""
+        try:
+            found = open_run(self.source.value).checkpoints
+        except CheckpointError:
+            found = ()
+        offer(self.step, [("final adapter", -1), *((str(one), one.step) for one in found if one.step)])
 
     @property
     def file(self) -> Path:
@@ -49,7 +63,7 @@ class ExportPanel(Displayed):
         found = RunFolder.of(path).lora if path.is_dir() else path
         if not found.exists():
             raise CheckpointError(
-                f"{found.absolute()}: there is no adapter; a run writes it when it finishes, Stop and save writes lora-step-*"
+                f"{found.absolute()}: there is no adapter; a run writes it when it finishes; choose one of its checkpoints, or another file"
             )
         return found
 
@@ -57,16 +71,24 @@ class ExportPanel(Displayed):
         """Show what is in the file."""
         from sd3tune.models import lora_layouts
 
-        self._do(lambda: str(lora_layouts.read(self.file)))
+        self.offer_steps()
+        if self.step.value > 0:
+            put(self.said, sentence(f"The adapter of step {self.step.value}, as it drew then; Write makes a file of it."))
+        else:
+            self._do(lambda: str(lora_layouts.read(self.file)))
 
     def write(self) -> None:
         """Write the adapter in the chosen layout, and say what was compared."""
+        from sd3tune.candidates import promote
         from sd3tune.models import lora_files, lora_layouts
+        from sd3tune.validation.votes import Candidate
 
         def act() -> str:
             out = Path(self.target.value)
             if out.exists():
                 raise FileError(f"{out.absolute()} is there already; give another name")
+            if self.step.value > 0:
+                return str(promote(RunFolder.of(self.source.value), Candidate(self.step.value), out, layout=self.layout.value))
             return f"{out.absolute()}: {lora_files.write(out, lora_layouts.read(self.file), self.layout.value)}"
 
         self._do(act)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
@@ -11,10 +11,11 @@ import ipywidgets as widgets
 from sd3tune.errors import ConfigError
 from sd3tune.panels import fields
 from sd3tune.panels.base import Displayed
-from sd3tune.panels.looks import button, put, row, sentence, tip
+from sd3tune.panels.looks import button, offer, put, row, sentence, tip
 from sd3tune.panels.pictures import jpeg
 from sd3tune.panels.run import RunPanel
-from sd3tune.xy import CHECKPOINT, XYGrid, XYRecord, grid_of, label
+from sd3tune.snapshot import LEGAL, TERMINAL
+from sd3tune.xy import CHECKPOINT, Axis, PriceRecord, XYGrid, XYRecord, grid_of, label, planned, price_of
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
@@ -49,18 +50,21 @@ class GridLab(Displayed):
         self.cell: Any = tip(
             widgets.Dropdown(options=[("no cell yet", "")], description="Cell", layout=wide), "whose settings are taken over"
         )
-        self.note = widgets.HTML()
+        self.cost, self.note = widgets.HTML(), widgets.HTML()
         self.image: Any = widgets.Image(
             format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
         )
-        self._axes: tuple[tuple[str, list[Any]], tuple[str, list[Any]]] | None = None
         self._seen: tuple[XYRecord, ...] = ()
-        go = button("Draw", self.draw, "says the price first; pause and stop are obeyed when the grid is drawn")
+        self._price: PriceRecord | None = None
+        self._told = panel.runner.snapshot.refusals
+        ask = button("Price", self.price, "lends the model for one forward, to say how long the grid takes; draws nothing")
+        go = button("Draw", self.draw, "pause and stop are obeyed when the grid is drawn; Price says before how long that takes")
         self.widget: Any = widgets.VBox(
             [
                 row(self.x, self.xs),
                 row(self.y, self.ys),
-                row(self.prompt, go),
+                row(self.prompt, ask, go),
+                self.cost,
                 self.note,
                 self.image,
                 row(self.cell, button("Use this cell", self.use, "its settings go into the form, and into a live run")),
@@ -70,46 +74,87 @@ class GridLab(Displayed):
         for axis, values in ((self.x, self.xs), (self.y, self.ys)):
             axis.observe(lambda change, values=values: setattr(values, "value", self._first(change["new"])), "value")
             values.value = AXES[axis.value]
+        for one in (self.x, self.y, self.xs, self.ys, self.prompt, panel.price):
+            one.observe(lambda _: self._say_price(), "value")
         panel.draft.observe(lambda _: self._prompts(), "config")
         panel.watchers.append(self.look)
         self._prompts()
 
     def draw(self) -> None:
         """Ask the run to draw the grid."""
+        self._ask(XYGrid.__iter__, "Asked; the run draws it after this update.")
+
+    def price(self) -> None:
+        """Ask the run how long the grid takes."""
+        self._ask(lambda grid: iter([grid.priced()]), "Asked; the run measures one forward after this update.")
+
+    def _ask(self, what: Callable[[XYGrid], Iterator[Record]], said: str) -> None:
+        """Lend the model to a grid, when it can be lent."""
         try:
-            axes = ((self.x.value, values_of(self.x.value, self.xs.value)), (self.y.value, values_of(self.y.value, self.ys.value)))
+            axes = self._axes()
         except ConfigError as error:
             put(self.note, sentence("; ".join(error.problems), bad=True))
             return
+        state, prompt = self.panel.runner.snapshot.state, self.prompt.value
         if axes[0][0] == axes[1][0]:
             put(self.note, sentence("Across and Down are the same setting; choose two.", bad=True))
-            return
-        if not self.panel.runner.snapshot.live:
+        elif state == "idle" or state in TERMINAL:
             put(self.note, sentence("No model is loaded: press Start or Go on, and Pause, in the run panel.", bad=True))
+        elif "look" not in LEGAL[state]:
+            put(self.note, sentence(f"Not asked: the run is {state}; press again when it trains or is paused.", bad=True))
+        else:
+
+            def work(trainer: Trainer) -> Iterator[Record]:
+                yield from what(XYGrid(trainer, *axes, prompt=prompt))
+
+            put(self.note, sentence(said))
+            self._told = self.panel.runner.snapshot.refusals
+            self.panel.runner.send("look", work=work)
+
+    def _axes(self) -> tuple[Axis, Axis]:
+        """Across and down, as they are typed. Raises: ConfigError."""
+        return (self.x.value, values_of(self.x.value, self.xs.value)), (self.y.value, values_of(self.y.value, self.ys.value))
+
+    def _say_price(self) -> None:
+        """What the grid that stands in the fields costs, as far as that is known without drawing it."""
+        try:
+            shots = planned(self.panel.config, *self._axes(), prompt=self.prompt.value)
+        except ConfigError:
+            put(self.cost, "")  # what is wrong is said when it is asked for
             return
-        self._axes, prompt = axes, self.prompt.value
-
-        def work(trainer: Trainer) -> Iterator[Record]:
-            yield from XYGrid(trainer, *axes, prompt=prompt)
-
-        put(self.note, sentence("Asked; the run draws it after this update."))
-        self.panel.runner.send("look", work=work)
+        known = self._price
+        each = None if known is None or known.seconds is None else known.seconds / known.forwards
+        price = price_of(shots, each)
+        hourly = self.panel.price.value
+        money = f", {price.seconds / 3600 * hourly:.2f} to pay" if price.seconds is not None and hourly > 0 else ""
+        put(self.cost, sentence(f"{price}{money}." if each is not None else f"{price}; Price says how long that takes."))
 
     def look(self, now: Snapshot) -> None:
-        """Show the cells that came since."""
-        if self._axes is None or now.cells == self._seen:
-            return
-        self._seen = now.cells
-        cells = {(one.row, one.column): one for one in now.cells}
-        put(self.image, jpeg(grid_of(*self._axes, cells).image()))
+        """Show the price, the cells that came since, and why there are none."""
+        if now.price is not None and now.price is not self._price:
+            self._price = now.price
+            self._say_price()
+            put(self.note, sentence(f"{now.price}."))
+        if now.refusals != self._told:
+            self._told = now.refusals
+            if now.refused.startswith("look: "):
+                put(self.note, sentence(f"Not done: {now.refused.removeprefix('look: ')}", bad=True))
+        if now.cells and now.cells != self._seen:
+            self._show(now.cells)
+
+    def _show(self, found: tuple[XYRecord, ...]) -> None:
+        x, y = found[-1].x, found[-1].y
+        another = not self._seen or (self._seen[-1].x, self._seen[-1].y) != (x, y)
+        self._seen = found
+        cells = {(one.row, one.column): one for one in found}
+        put(self.image, jpeg(grid_of(x, y, cells).image()))
         self.image.layout.display = ""
-        count = len(self._axes[0][1]) * len(self._axes[1][1])
-        best = max((one for one in now.cells if one.clip is not None), key=lambda one: one.clip or 0.0, default=None)
+        count = len(x[1]) * len(y[1])
+        best = max((one for one in found if one.clip is not None), key=lambda one: one.clip or 0.0, default=None)
         score = f" The highest CLIP score, {best.clip:.3f}, has {_words(best)}." if best is not None else ""
         put(self.note, sentence(f"{len(cells)} of {count} cells are drawn.{score}"))
-        options = [(_words(one), f"{one.row},{one.column}") for one in now.cells]
-        if options and list(self.cell.options) != options:
-            self.cell.options = options
+        options = [(_words(one), f"{one.row},{one.column}") for one in found]
+        offer(self.cell, options, chosen=options[0][1] if another else None)
 
     def use(self) -> None:
         """Take the chosen cell's settings over."""
@@ -122,7 +167,7 @@ class GridLab(Displayed):
         said = "; ".join(problems.values()) or f"Taken over: {_words(found)}."
         step = found.settings.get(CHECKPOINT)
         if step is not None and not problems:
-            said += f" The run stays where it is: Rewind goes back to step {step}, and Export writes that step's adapter."
+            said += f" The run stays where it is: Rewind goes back to step {step}, and Export can write that step's adapter."
             if step in [value for _, value in self.panel.checkpoint.options]:
                 self.panel.checkpoint.value = step
         put(self.note, sentence(said, bad=bool(problems)))
@@ -135,8 +180,8 @@ class GridLab(Displayed):
 
     def _prompts(self) -> None:
         options = [("first prompt", None), *((one.name or "no prompt", one.prompt) for one in self.panel.config.prompts)]
-        if list(self.prompt.options) != options:
-            self.prompt.options = options
+        offer(self.prompt, options)
+        self._say_price()
 
 
 def _words(cell: XYRecord) -> str:

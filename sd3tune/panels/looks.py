@@ -71,6 +71,18 @@ def visible(widget: Any, shown: bool) -> None:
         widget.layout.display = wanted
 
 
+def offer(dropdown: Any, options: Sequence[tuple[str, Any]], *, chosen: Any = None, otherwise: int = 0) -> None:
+    """Give a dropdown its options. What was chosen (or ``chosen``) is so if it is among them; if not, the one at ``otherwise`` is."""
+    values = [value for _, value in options]
+    wanted = dropdown.value if chosen is None else chosen
+    if wanted not in values:
+        wanted = values[otherwise]
+    with dropdown.hold_sync():
+        if list(dropdown.options) != list(options):
+            dropdown.options = options  # which chooses the first
+        put(dropdown, wanted)
+
+
 def put(widget: Any, value: Any) -> bool:
     """Set a widget's value if it is another; whether it was."""
     if widget.value == value:

@@ -10,10 +10,12 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
-from sd3tune.panels.looks import put, row, sentence, tip, visible
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.panels.looks import offer, put, row, sentence, tip, visible
+from sd3tune.records import ScoreRecord
+from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import Found, cell_of, drawn, rows_of, title
+from sd3tune.validation.standing import counting, standing, steps_drawn
 
 SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
@@ -22,11 +24,13 @@ ALL = "all, small"
 
 
 class PicturesView:
-    """Shows what a run folder holds. Arrow keys go through the steps; the wipe lays the adapter over the base."""
+    """Shows what a run stands on. Arrow keys go through the steps; the wipe lays the adapter over the base."""
 
     def __init__(self) -> None:
         self._folder: RunFolder | None = None
-        self._made: dict[tuple[int, int, int], bytes] = {}
+        self._made: dict[object, bytes] = {}
+        """Grids and wipes, by the files they were made of."""
+        self._choosing = False
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
         self.number: Any = tip(
@@ -49,47 +53,57 @@ class PicturesView:
     @property
     def step(self) -> int:
         """Whose pictures are shown; -1 while there are none."""
-        return self.steps[self.number.value - 1] if self.steps else -1
+        return self.steps[min(self.number.value, len(self.steps)) - 1] if self.steps else -1
 
     def go(self, step: int) -> None:
         """Show another step's pictures."""
         self.number.value = self.steps.index(step) + 1
 
     def look(self, folder: Path | str) -> None:
-        """Take in what was drawn since; go to the newest step unless a person looks at another."""
+        """Take in what was drawn since, and what counts no longer; go to the newest step unless a person looks at another."""
         self._folder = RunFolder(Path(folder))
-        steps = [step_of(at) for at in picture_folders(self._folder)]
+        steps, before = steps_drawn(self._folder), self.step
+        newest = not self.steps or self.number.value == len(self.steps)
+        visible(self.widget, bool(steps))
+        self.steps = steps
         if not steps:
             return
-        newest = not self.steps or self.number.value == len(self.steps)
-        self._made = {key: data for key, data in self._made.items() if key[0] != steps[-1]}
-        self.steps = steps
-        self.number.max = len(steps)
-        if newest:
-            self.number.value = len(steps)
-        visible(self.widget, True)
+        number = len(steps) if newest else max(1, sum(step <= before for step in steps))
+        self._choosing = True
+        try:
+            self.number.max = len(steps)
+            put(self.number, number)
+        finally:
+            self._choosing = False
         self.show()
 
     def show(self) -> None:
         """Bring picture and sentence up to date."""
-        if self._folder is None or self.step < 0:
+        if self._folder is None or self.step < 0 or self._choosing:
             return
         pictures = shown_at(self._folder, self.step)
-        names = [(ALL, -1), *((title(one.shot, [p.shot for p in pictures]) or "no prompt", k) for k, one in enumerate(pictures))]
-        if list(self.which.options) != names:
-            chosen = self.which.value
-            self.which.options = names
-            if chosen is not None and chosen < len(pictures):
-                self.which.value = chosen
+        self._name(pictures)
         alone = self.which.value is not None and self.which.value >= 0
         visible(self.wipe, alone)
         put(self.said, sentence(in_words(self._folder, self.step, pictures)))
-        key = (self.step, self.which.value if alone else -1, self.wipe.value if alone else 0)
+        files = (*_files(self._folder, self.step), *_files(self._folder, 0), *(one.path for one in pictures))
+        key = (self.step, self.which.value if alone else -1, self.wipe.value if alone else 0, files)
         if key not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
-            self._made[key] = self._one(pictures[key[1]]) if alone else jpeg(grid_at(self._folder, self.step).image())
+            self._made[key] = self._one(pictures[self.which.value]) if alone else jpeg(grid_at(self._folder, self.step).image())
         put(self.image, self._made[key])
+
+    def _name(self, pictures: list[Found]) -> None:
+        """Offer the pictures of a step by name; the one that is looked at stays, by its name or else by its place."""
+        shots = [one.shot for one in pictures]
+        names = [(ALL, -1), *((title(shot, shots) or "no prompt", k) for k, shot in enumerate(shots))]
+        chosen = next((k for name, k in names if name == self.which.label), self.which.value)
+        self._choosing = True
+        try:
+            offer(self.which, names, chosen=chosen)
+        finally:
+            self._choosing = False
 
     def _one(self, found: Found) -> bytes:
         assert self._folder is not None
@@ -105,8 +119,13 @@ class PicturesView:
 
 def shown_at(folder: RunFolder, step: int) -> list[Found]:
     """The pictures that a step is looked at by: the adapter's, or the base model's where there are no others."""
-    found = drawn(folder, step)
+    found = standing(folder, step)
     return [one for one in found if one.kind == "adapter"] or found
+
+
+def _files(folder: RunFolder, step: int) -> list[tuple[str, int]]:
+    """What lies in a step's folder, and since when: beside each picture, a description that is written last."""
+    return sorted((one.name, one.stat().st_mtime_ns) for one in folder.images(step).glob("*.json"))
 
 
 def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
@@ -131,7 +150,7 @@ def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
     prompts = ", ".join(one.shot.prompt or "no prompt" for one in pictures[:8])
     said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {prompts}."
     said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
-    scores = [row for row in folder.read_history() if row["type"] == "clip" and row["step"] == step]
+    scores = [row for row in counting(folder) if row["type"] == ScoreRecord.type and row["step"] == step]
     return said + "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
 
 

@@ -11,8 +11,9 @@ from sd3tune.files import digest
 from sd3tune.panels import showing
 from sd3tune.panels.looks import SMALL, sentence
 from sd3tune.panels.pictures import alt, grid_at, jpeg
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.run_folder import RunFolder
 from sd3tune.snapshot import Snapshot
+from sd3tune.validation.standing import steps_drawn
 
 MOST_BYTES, MOST_STEPS = 150_000, 8
 """Of all pictures in a report, and steps to scrub through."""
@@ -41,7 +42,7 @@ def scrubber(path: Path) -> str:
     Arrow keys go through them, but in JupyterLab, which takes these keys for its cells; there they are clicked.
     """
     folder = RunFolder(path)
-    steps = chosen([step_of(at) for at in picture_folders(folder)])
+    steps = chosen(steps_drawn(folder))
     if not steps:
         return ""
     pictures = _fitting(folder, steps)

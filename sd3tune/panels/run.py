@@ -11,35 +11,26 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from sd3tune.config.reading import is_live
-from sd3tune.panels import codes, record, showing
+from sd3tune.errors import ConfigError
+from sd3tune.panels import codes, record, showing, taking
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.forms import Form
-from sd3tune.panels.looks import button, column, put, row, sentence, tip, visible
+from sd3tune.panels.looks import column, put, row, sentence, tip, visible
 from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
+from sd3tune.panels.pressing import Controls
 from sd3tune.panels.redrawn import Redrawn
 from sd3tune.panels.relief import Relief
-from sd3tune.run_folder import RunFolder, step_of
+from sd3tune.run_folder import RunFolder
 from sd3tune.runner import Runner
-from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot, Until
+from sd3tune.snapshot import TERMINAL, Snapshot, Until
 
 if TYPE_CHECKING:
     from sd3tune.cache import Cache
     from sd3tune.config import RunConfig
     from sd3tune.runner import Made
     from sd3tune.trainer import Trainer
-
-BUTTONS = {
-    "start": ("Start", "Starting", "load the model and begin; a new run never overwrites another"),
-    "pause": ("Pause", "Pausing", "stop after this update and keep everything in memory"),
-    "go_on": ("Go on", "Going on", "go on from where the run is; one that was stopped or failed resumes its newest checkpoint"),
-    "stop": ("Stop and save", "Stopping", "finish the update, write a checkpoint and the adapter, and free the memory"),
-    "validate": ("Sample now", "Sampling", "draw the validation prompts with the adapter as it is"),
-    "save": ("Checkpoint now", "Saving", "write a checkpoint and the adapter, and go on"),
-    "rewind": ("Rewind", "Rewinding", "go back to the chosen checkpoint; the state as it is stays as a checkpoint of its own"),
-}  # fmt: skip
-"""Command -> what its button says, what it says until the run answers, and what it does."""
 
 TICK = 0.4
 """Seconds between two looks at the run."""
@@ -58,10 +49,8 @@ class RunPanel(Panel):
         super().__init__(config)
         self._cache, self._make_trainer, self._data = cache, make, data
         self.runner = Runner.attach(self._key, self._maker(self.config))
-        self.buttons = {name: button(said, lambda name=name: self.press(name), about) for name, (said, _, about) in BUTTONS.items()}  # type: ignore[misc]
-        self.checkpoint: Any = tip(
-            widgets.Dropdown(options=[("no checkpoint", -1)], layout={"width": "150px", "max_width": "98%"}), "to rewind to"
-        )
+        self._controls = Controls(self.press)
+        self.buttons, self.checkpoint = self._controls.buttons, self._controls.checkpoint
         self.price: Any = tip(
             widgets.FloatText(
                 value=0, description="Price per hour", style={"description_width": "100px"}, layout={"width": "190px", "max_width": "98%"}
@@ -83,32 +72,37 @@ class RunPanel(Panel):
         """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
-        self._told, self._seen, self._sent = self.runner.snapshot.refusals, 0, dict[str, tuple[str, float]]()
+        self._told, self._seen = self.runner.snapshot.refusals, (0, 0)
         self._agreed: RunConfig | None = None
-        self._listed: tuple[str, ...] = ()
+        """The settings that form and run had in common last."""
         self.widget = self._layout()
         self.draft.observe(self._steer, "config")
         if self.runner.snapshot.live:
             self._sync(self.runner.snapshot)
             self.say("Attached to the run that is going on in this folder; the form shows its settings.")
             self._follow()
+        else:
+            self._take_up()
         self.refresh()
 
     # --- what a person does ------------------------------------------------------------------------------------------
 
     def press(self, name: str) -> None:
         """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
-        if name == "start" and any(form.wrong for form in self.forms):
+        begins = name == "start" or (name == "go_on" and self.runner.snapshot.state in TERMINAL)
+        if begins and any(form.wrong for form in self.forms):
             self.say("Not started: a field above holds what cannot be taken over.", bad=True)
             return
         self.say("")
-        self._sent[name] = (self.runner.snapshot.state, time.monotonic())
+        self._controls.asked(name, self.runner.snapshot.state)
         if name == "start":
             self.start()
-        elif name == "go_on" and self.runner.snapshot.state in TERMINAL:
-            self.resume()
+        elif begins:
+            self._go_on()
         elif name == "rewind":
-            self.runner.send(name, step=self.checkpoint.value)
+            with self._busy:  # not while other checkpoints are offered
+                step = self.checkpoint.value
+            self.runner.send(name, step=step)
         else:
             self.runner.send(name)
         self.refresh()
@@ -118,9 +112,21 @@ class RunPanel(Panel):
         self._begin(self._maker(self.config))
 
     def resume(self, **changes: Any) -> None:
-        """Go on with a run that was stopped or failed, from its newest checkpoint; ``changes`` as in ``Trainer.resume``."""
-        folder, cache = self.runner.snapshot.folder, self._cache
-        self._begin(lambda: resumed(folder, cache, changes))
+        """Go on with a run that was stopped, failed or killed, from its newest checkpoint, with what was changed in the form since.
+
+        ``changes`` as in ``Trainer.resume``. Raises: ConfigError when the form holds what needs a new run.
+        """
+        now, cache, agreed = self.runner.snapshot, self._cache, self._agreed or self.config
+        taking.changed(self.config, agreed).require_possible()
+        new = taking.changed(self.config, now.config or agreed, taking.undone(now))
+        live = {name: value for name, value in new.live.items() if name not in changes}
+        self._begin(lambda: resumed(now.folder, cache, new.how | changes), live)
+
+    def _go_on(self, **changes: Any) -> None:
+        try:
+            self.resume(**changes)
+        except ConfigError as error:
+            self.say(f"Not gone on: {'; '.join(error.problems)}.", bad=True)
 
     def wait(self, timeout: float | None = None, until: Until = None) -> Snapshot:
         """Wait for the end, a state, a step, or a condition of the snapshot. Raises: what ended the run; TimeoutError."""
@@ -151,13 +157,24 @@ class RunPanel(Panel):
             return f"import sd3tune as st\n\nst.replay({now.folder!r})  # it was resumed: its history holds all that was changed\n"
         return codes.run_code((now.began_with if now.steering else None) or self.config, now.steering, self._data)
 
-    def _begin(self, make: Callable[[], Made]) -> None:
+    def _begin(self, make: Callable[[], Made], settings: dict[str, Any] | None = None) -> None:
+        """Start, and tell the run of settings before its first update."""
         if not self.runner.snapshot.live:
             self.runner = Runner.attach(self._key, make)
             self._told = 0
         self.runner.start()
+        if settings:
+            self.runner.send("set", **settings)
         self._show_record("")
         self._follow()
+
+    def _take_up(self) -> None:
+        """What the newest run of this name is: shown, and gone on with if a person wants, when nobody runs it."""
+        found = taking.newest_run(self._key)
+        if found is not None and taking.unfinished(found):
+            self.runner = Runner(self._maker(self.config), key=str(self._key), left=taking.as_left(found))
+            self._agreed = self.config
+        self.say(taking.in_words(found), bad=found is not None and found.status == "running")
 
     def _relieved(self, settings: dict[str, Any], goes_on: bool) -> None:
         """Try again with changed settings after the memory was too small."""
@@ -165,7 +182,7 @@ class RunPanel(Panel):
         if problems:
             self.say("; ".join(problems.values()), bad=True)
         elif goes_on and self.runner.snapshot.folder and RunFolder(Path(self.runner.snapshot.folder)).checkpoints():
-            self.resume(**settings)
+            self._go_on(**settings)
         else:
             self.start()
 
@@ -218,12 +235,13 @@ class RunPanel(Panel):
                 drawing.look(now, clock)
             put(self.changed, showing.changes(now))
             put(self.previews, showing.previews(now))
-            if now.folder and now.pictures != self._seen and now.state != "validating":
-                self._seen = now.pictures
+            drawn = (now.pictures, now.went_back)
+            if now.folder and drawn != self._seen and now.state != "validating":
+                self._seen = drawn
                 self.pictures.look(now.folder)
             for look in self.watchers:
                 look(now)
-            self._buttons(now, clock)
+            self._controls.look(now, self.runner.answered, clock)
             self.draft.live = now.live
             self.relief.offer(now)
             if now.refusals != self._told:
@@ -237,23 +255,6 @@ class RunPanel(Panel):
         if now.config is not None and now.config != self.config and (self.config is self._agreed or self._agreed is None):
             self._agreed = now.config
             self.draft.config = now.config
-
-    def _buttons(self, now: Snapshot, clock: float) -> None:
-        if now.log != self._listed:  # whatever writes a checkpoint says so
-            self._listed = now.log
-            found = [step_of(path) for path in RunFolder(Path(now.folder)).checkpoints()] if now.folder else []
-            options = [(f"step {step}", step) for step in found] or [("no checkpoint", -1)]
-            if list(self.checkpoint.options) != options:
-                self.checkpoint.options = options
-        checkpoints = self.checkpoint.value >= 0
-        for name, one in self.buttons.items():
-            again = name == "start" or (name == "go_on" and now.state != "finished" and checkpoints)
-            legal = name in LEGAL[now.state] or (now.state in TERMINAL and again)
-            state, since = self._sent.get(name, ("", 0.0))
-            pending = state == now.state and not self.runner.answered and clock - since < 30
-            one.disabled = not legal or pending or (name == "rewind" and not checkpoints)
-            said, waiting, _ = BUTTONS[name]
-            one.description = f"{waiting} ..." if pending else said
 
     def _layout(self) -> Any:
         pressed = [one for name, one in self.buttons.items() if name != "rewind"]

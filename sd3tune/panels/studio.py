@@ -45,7 +45,7 @@ class Studio(RunPanel):
         self.fields: dict[str, Any] = {**self.model.fields, **self.learning.fields, **self.drawing.fields}
         self.tabs: Any = tabs(parts)
         self.widget = widgets.VBox([self.tabs, self.widget], layout=widgets.Layout(width="100%", max_width="1100px"))
-        self._shown = ""
+        self._shown, self._offered = "", self.checkpoint.options
         self.watchers.append(self._export)
         self.data.source.observe(lambda change: self._from(change["new"]), "value")
 
@@ -57,3 +57,6 @@ class Studio(RunPanel):
         """The export begins with the run that is shown, until a person names another."""
         if now.folder and now.folder != self._shown:
             self._shown = self.export.source.value = now.folder
+        if self._offered != self.checkpoint.options:
+            self._offered = self.checkpoint.options
+            self.export.offer_steps()

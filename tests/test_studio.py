@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from PIL import Image
 from test_trainer import same_state
 
 import sd3tune as st
+from sd3tune.config import presets
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.models.savings import savings
-from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, codes, doctor, lab, record
+from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, LearningPanel, Studio, codes, doctor, lab, record
 from sd3tune.panels.pictures import grid_at, in_words, jpeg, shown_at
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.painter import Drawn
@@ -490,7 +493,34 @@ def test_a_panel_says_its_code_and_what_differs(bench: Workbench) -> None:
     assert codes.config_code(panel.config) in panel.code()
 
 
-def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_button(bench: Workbench, tmp_path: Path) -> None:
+class Shell:
+    """A notebook's shell, as far as new cells go."""
+
+    def __init__(self) -> None:
+        self.cells: list[str] = []
+
+    def set_next_input(self, code: str) -> None:
+        self.cells.append(code)
+
+
+def test_to_cell_inserts_the_panels_code_and_prints_it_outside_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    panel, shell = LearningPanel(presets.load("sd35-medium-16gb").replace(lora_rank=64)), Shell()
+    with monkeypatch.context() as patched:
+        patched.setattr("IPython.get_ipython", lambda: shell)
+        panel.to_cell()
+    told: dict[str, Any] = {}
+    exec(shell.cells[0], told)
+    assert told["config"] == panel.config
+    panel.to_cell()
+    assert capsys.readouterr().out.strip() == shell.cells[0].strip()
+    assert len(shell.cells) == 1
+
+
+def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_button(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sd3tune.configuring import Machine, Wizard
     from sd3tune.panels import configure
 
@@ -516,6 +546,8 @@ def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_
     assert len(panel.wizard.answers) == asked - 1
     panel.default()
     assert not list(tmp_path.glob("*.yaml"))
+    with pytest.raises(st.ConfigError, match="not written yet"):
+        panel.to_cell()
     panel.save()
     made = {path.name for path in tmp_path.glob("*.yaml")}
     assert made == {"run.yaml", "datasets.yaml"}
@@ -523,3 +555,15 @@ def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_
     panel.save()
     assert len(list(tmp_path.glob("run*.yaml"))) == 2  # beside the first, under another name
     assert isinstance(panel.wizard, Wizard)
+    shell = Shell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    panel.to_cell()
+    (cell,) = shell.cells
+    named = [tmp_path / "run-2.yaml", tmp_path / "datasets-2.yaml"]  # what was written last, and nothing that is not there
+    assert [path for path in map(Path, re.findall(r'"(.*?)"', cell)) if path.suffix == ".yaml"] == named
+    assert all(path.exists() for path in named)
+    assert cell in unescape(panel.files.value)
+    panel.go_back()
+    panel.default()
+    with pytest.raises(st.ConfigError, match="not written yet"):
+        panel.to_cell()

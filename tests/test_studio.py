@@ -383,6 +383,30 @@ def test_the_data_panel_shows_what_is_there_and_keeps_edits_beside_it(bench: Wor
     assert old != "a caption of <b>mine</b>"
 
 
+def test_captions_saved_in_a_studio_are_trained_on_and_unsaved_ones_hinder_a_start(bench: Workbench, tmp_path: Path) -> None:
+    """Also in a studio that was given a cache of the words before."""
+    folder = Path(shutil.copytree(bench.datasets.parent, tmp_path / "data"))
+    (folder / "datasets.captions.json").unlink(missing_ok=True)
+    config = bench.config(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
+    panel = Studio(config, bench.cache(config), data=folder / "datasets.yaml")
+    panel.data.look()
+    old = panel.data.caption.value
+    panel.data.caption.value = "a caption that nobody encoded"
+    panel.press("start")
+    assert panel.runner.snapshot.state == "idle"
+    assert "Not started: 1 captions are edited and not saved; under Data, Captions, press Save edits or Undo edits." in panel.note.value
+    panel.data.undo()
+    assert (panel.data.caption.value, panel.hindrance) == (old, "")
+    panel.data.caption.value = "a caption that nobody encoded"
+    panel.data.save()
+    panel.press("start")
+    manifest = json.loads(RunFolder(Path(panel.wait(PATIENCE).folder)).manifest.read_text())
+    assert "a caption that nobody encoded" in manifest["first_captions"]
+    resumed = st.Trainer.resume(panel.runner.snapshot.folder, max_train_steps=2)  # the edits are a part of what the run trains on
+    assert resumed.cache.plan.catalog.items[0].caption == "a caption that nobody encoded"
+    assert resumed.steps_done == 1
+
+
 def test_the_data_panel_says_what_is_wrong(bench: Workbench, tmp_path: Path) -> None:
     panel = DataPanel(bench.config(), tmp_path / "nowhere")
     panel.look()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
+import traitlets
 
 from sd3tune.data import discover, overlay, plan
 from sd3tune.data.sheet import framed, histogram, sheet, table
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 SHOWN = 24
 """Pictures of the contact sheet on one page."""
+
+
+class Saved(traitlets.HasTraits):
+    """How often captions were saved, to be observed: what was encoded before is of other words."""
+
+    times = traitlets.Int(0)
 
 
 class DataPanel(Panel):
@@ -51,6 +58,7 @@ class DataPanel(Panel):
         self.folder: Any = widgets.Text(value="captions", description="New folder", layout={"width": "min(360px, 98%)"})
         self.edits: dict[tuple[str, str], str] = {}
         """(data set, picture) -> a caption that was edited and is not saved yet."""
+        self.saved = Saved()
         self.widget = self._layout()
         self.say("Name a folder of your pictures, or a datasets.yaml, and press Look. Nothing is written into the folder.")
         self.source.observe(lambda _: self.look(), "value")
@@ -133,10 +141,18 @@ class DataPanel(Panel):
             return
         count = len(self.edits)
         self.edits.clear()
+        self.saved.times += 1
         self.look()
         missing = self.plan.catalog.missing_captions if self.plan else ()
         more = f" {len(missing)} pictures still have none, the first is {missing[0].name}." if missing else ""
         self.say(f"{count} captions are kept in {path}; only they are encoded again.{more}", bad=bool(missing))
+
+    def undo(self) -> None:
+        """Forget what was edited and not saved."""
+        self.edits.clear()
+        self._show_page()
+        self._choose()
+        self.say("The captions are as they are on the disk.")
 
     def export(self) -> None:
         """Write every caption as a ``.txt`` file into a new folder; an existing one is refused."""
@@ -216,6 +232,7 @@ class DataPanel(Panel):
                 self.picture, row(self.shown, widgets.VBox([self.caption, row(
                     button("Count tokens", self.count, "what each text encoder sees of this caption"),
                     button("Save edits", self.save, "into a file beside the data sets' file; pictures' folders are never written to"),
+                    button("Undo edits", self.undo, "forget what was edited and not saved"),
                 ), self.counted, self.kept])),
                 row(self.folder, button("Export as .txt", self.export, "every caption as a file, into a new folder")),
             ]

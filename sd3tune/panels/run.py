@@ -97,10 +97,7 @@ class RunPanel(Panel):
     # --- what a person does ------------------------------------------------------------------------------------------
 
     def press(self, name: str) -> None:
-        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
-        if name == "start" and any(form.wrong for form in self.forms):
-            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
-            return
+        """What a button does: ask the run, nothing else."""
         self.say("")
         self._sent[name] = (self.runner.snapshot.state, time.monotonic())
         if name == "start":
@@ -114,8 +111,16 @@ class RunPanel(Panel):
         self.refresh()
 
     def start(self) -> None:
-        """Start a run with the draft's settings, or attach to the one that is going on in the same folder."""
+        """Start a run with the draft's settings, or attach to the one that is going on in the same folder; or say what hinders it."""
+        if hindrance := self.hindrance:
+            self.say(f"Not started: {hindrance}.", bad=True)
+            return
         self._begin(self._maker(self.config))
+
+    @property
+    def hindrance(self) -> str:
+        """Why no run starts now: what a person typed and it would not have."""
+        return "a field above holds what cannot be taken over" if any(form.wrong for form in self.forms) else ""
 
     def resume(self, **changes: Any) -> None:
         """Go on with a run that was stopped or failed, from its newest checkpoint; ``changes`` as in ``Trainer.resume``."""

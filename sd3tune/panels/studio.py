@@ -48,9 +48,17 @@ class Studio(RunPanel):
         self._shown = ""
         self.watchers.append(self._export)
         self.data.source.observe(lambda change: self._from(change["new"]), "value")
+        self.data.saved.observe(lambda _: self._from(self.data.source.value), "times")
+
+    @property
+    def hindrance(self) -> str:
+        """Why no run starts now; captions that are not saved are a reason, too."""
+        count = len(self.data.edits)
+        edited = f"{count} captions are edited and not saved; under Data, Captions, press Save edits or Undo edits" if count else ""
+        return super().hindrance or edited
 
     def _from(self, data: str) -> None:
-        """Train on other data from the next run on."""
+        """Train on other data, or other captions, from the next run on."""
         self._data, self._cache = data, None
 
     def _export(self, now: Snapshot) -> None:

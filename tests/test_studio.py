@@ -383,6 +383,38 @@ def test_the_data_panel_shows_what_is_there_and_keeps_edits_beside_it(bench: Wor
     assert old != "a caption of <b>mine</b>"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_picture_with_several_captions_keeps_them_all(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Shown one a line, saved one a line, exported one a line into one's home; one caption where the data set reads a text file whole."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, picture in enumerate(sorted((bench.datasets.parent / "train").glob("*.png"))[:2]):
+        shutil.copy(picture, pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a lock\na <i>padlock</i>\n")
+    data = tmp_path / "datasets.yaml"
+    data.write_text(f"- {{id: two, instance_data_dir: pictures, resolution: 64, disable_multiline_split: {str(whole).lower()}}}\n")
+    panel = DataPanel(bench.config(), data)
+    panel.look()
+    assert panel.caption.value == ("a lock a <i>padlock</i>" if whole else "a lock\na <i>padlock</i>")
+    assert ("2 captions, one a line" in panel.kept.value) != whole
+    panel.caption.value += "\n"
+    assert not panel.edits, "an empty line is no caption"
+    panel.caption.value = "a  lock\n\na bolt"
+    panel.count()
+    assert panel.counted.value.count("CLIP-L") == 2
+    panel.save()
+    assert "The captions of 1 pictures are kept in" in panel.note.value
+    wanted = [("a lock a bolt",), ("a lock a <i>padlock</i>",)] if whole else [("a lock", "a bolt"), ("a lock", "a <i>padlock</i>")]
+    assert [item.captions for item in st.discover(data).items] == wanted
+    panel.folder.value = "~/texts"
+    panel.export()
+    assert [(tmp_path / f"home/texts/two/{k}.txt").read_text().splitlines() for k in (0, 1)] == [list(one) for one in wanted]
+    assert "a lock / a bolt" in panel.pages.value or whole
+
+
 def test_captions_saved_in_a_studio_are_trained_on_and_unsaved_ones_hinder_a_start(bench: Workbench, tmp_path: Path) -> None:
     """Also in a studio that was given a cache of the words before."""
     folder = Path(shutil.copytree(bench.datasets.parent, tmp_path / "data"))
@@ -437,7 +469,7 @@ def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the
     form.share.value = 0.25
     panel.save()
     assert panel.source.value == str(tmp_path / "my-pots.yaml")
-    assert "1 captions are kept in" in panel.note.value
+    assert "The captions of 1 pictures are kept in" in panel.note.value
     assert form.widget.layout.display == "none"
     assert panel.plan is not None
     assert "a pot of mine" in {item.caption for item in panel.plan.catalog.items}
@@ -483,14 +515,18 @@ def test_two_runs_are_compared_in_numbers_settings_words_and_pictures(studio: St
     assert "Choose two runs" in panel.note.value
 
 
-def test_export_writes_for_another_program_verified_and_never_over_a_file(bench: Workbench, tmp_path: Path) -> None:
+def test_export_writes_for_another_program_verified_and_never_over_a_file(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = bench.trainer(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
     for _ in trainer.run():
         pass
     panel = ExportPanel(trainer.folder.path)
     panel.look()
     assert "rank" in panel.said.value
-    panel.layout.value, panel.target.value = "comfyui", str(tmp_path / "out.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    panel.source.value = "~/run"
+    panel.layout.value, panel.target.value = "comfyui", "~/out.safetensors"
     panel.write()
     assert "tensors" in panel.said.value
     size = os.path.getsize(tmp_path / "out.safetensors")

@@ -24,7 +24,20 @@ import sd3tune as st
 from sd3tune.config import presets
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.models.savings import savings
-from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, LearningPanel, Studio, codes, doctor, lab, record
+from sd3tune.panels import (
+    ComparePanel,
+    DataPanel,
+    DoctorPanel,
+    Draft,
+    ExportPanel,
+    LearningPanel,
+    Studio,
+    TrainingPanel,
+    codes,
+    doctor,
+    lab,
+    record,
+)
 from sd3tune.panels.pictures import grid_at, in_words, jpeg, shown_at
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.painter import Drawn
@@ -417,10 +430,9 @@ def test_a_picture_with_several_captions_keeps_them_all(
 
 def test_captions_saved_in_a_studio_are_trained_on_and_unsaved_ones_hinder_a_start(bench: Workbench, tmp_path: Path) -> None:
     """Also in a studio that was given a cache of the words before."""
-    folder = Path(shutil.copytree(bench.datasets.parent, tmp_path / "data"))
-    (folder / "datasets.captions.json").unlink(missing_ok=True)
+    data = Path(shutil.copytree(bench.datasets.parent, tmp_path / "data")) / "datasets.yaml"
     config = bench.config(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
-    panel = Studio(config, bench.cache(config), data=folder / "datasets.yaml")
+    panel = Studio(config, st.CacheBuilder(st.plan(st.discover(data), config), st.encoders(config)).build())
     panel.data.look()
     old = panel.data.caption.value
     panel.data.caption.value = "a caption that nobody encoded"
@@ -546,11 +558,70 @@ def test_export_writes_for_another_program_verified_and_never_over_a_file(
 
 def test_a_panel_says_its_code_and_what_differs(bench: Workbench) -> None:
     draft = Draft(bench.config())
-    panel = Studio(draft, bench.cache(draft.config), data="pictures.yaml")
+    panel = Studio(draft, data="pictures.yaml")
     draft.change(lora_rank=4)
     assert panel.diff().startswith("lora_rank: ")
     assert "st.discover('pictures.yaml')" in panel.code()
     assert codes.config_code(panel.config) in panel.code()
+    assert panel.code() in unescape(panel.retold.widget.value)
+
+
+def test_what_differs_from_the_preset_and_from_the_last_run(tmp_path: Path) -> None:
+    """By name; the last run is the newest other one beside where this one's runs go, and never the run that the panel shows."""
+    config = presets.load("sd35-medium-16gb", lora_rank=64, output_dir=str(tmp_path / "mine"))
+    panel = TrainingPanel(config)
+    assert panel.diff() == "nothing differs"
+    assert "beside the preset sd35-medium-16gb:\n" in panel.diff("preset")
+    assert f"lora_rank: {presets.load('sd35-medium-16gb').adapter.lora_rank} -> 64" in panel.diff("preset")
+    assert panel.diff("last") == f"there is no other run in {tmp_path}"
+    for age, (name, rank) in enumerate((("new", 8), ("old", 16), ("mine", 32))):
+        (tmp_path / name).mkdir()
+        config.replace(lora_rank=rank, output_dir=str(tmp_path / name)).save(tmp_path / name / "config.yaml")
+        os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
+    assert panel.diff("last").splitlines() == [
+        "beside the run new:", "lora_rank: 8 -> 64", f"output_dir: {str(tmp_path / 'new')!r} -> {str(tmp_path / 'mine')!r}",
+    ]  # fmt: skip
+    panel.draft.folder = str(tmp_path / "new")
+    assert "beside the run old:\nlora_rank: 16 -> 64" in panel.diff("last")
+    panel.fields["learning_rate"].value = 3e-5
+    shown = unescape(panel.retold.widget.value)
+    for said in (panel.diff("preset"), panel.diff("last"), panel.code()):
+        assert "3e-05" in said
+        assert said in shown
+    (tmp_path / "old" / "config.yaml").write_text("lora_rank: many\n")
+    panel.fields["learning_rate"].value = 4e-5
+    assert "lora_rank: 'many' is not allowed" in unescape(panel.retold.widget.value)
+    with pytest.raises(st.ConfigError, match="say preset or last"):
+        panel.diff("first")
+
+
+def test_the_code_names_the_data_that_the_cache_was_made_of_and_that_the_run_was_trained_on(bench: Workbench, tmp_path: Path) -> None:
+    config = bench.config(output_dir=str(tmp_path / "mine"))
+    panel = Studio(config, bench.cache(config))
+    assert f"st.discover({str(bench.datasets)!r})" in panel.code()
+    assert panel.data.source.value == str(bench.datasets)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"source": "pots.yaml"}))
+    panel.runner._put(folder=str(tmp_path / "run"), began_with=config, steering=((1, {"learning_rate": 1e-5}),))
+    panel.data.source.value = str(tmp_path / "others.yaml")
+    assert "st.discover('pots.yaml')" in panel.code(), "what is chosen now is for the next run"
+
+
+def test_the_code_encodes_prompts_that_were_new_and_stops_where_a_change_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    config = bench.config(
+        max_train_steps=2,
+        lr_warmup_steps=0,
+        validation_prompt=("lock",),
+        validation_on_startup=False,
+        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "run"),
+    )
+    steering = [(1, {"validation_prompt": ("lock", "words that nobody encoded")}), (1, {"lora_rank": 4})]
+    told: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match="lora_rank"):
+        exec(codes.run_code(config, steering, bench.datasets), told)
+    assert told["trainer"].config.validation.validation_prompt[1] == "words that nobody encoded"
+    assert told["trainer"].cache.states("words that nobody encoded") is not None
 
 
 class Shell:

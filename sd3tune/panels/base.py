@@ -56,8 +56,11 @@ class Panel(Displayed):
         """Put `code` into a new cell below. Call it in a cell: front ends ignore it from a button."""
         insert(self.code())
 
-    def diff(self, other: RunConfig | None = None) -> str:
-        """What differs from another configuration (by default the one that this began with), one setting a line."""
+    def diff(self, other: RunConfig | str | None = None) -> str:
+        """What differs, one setting a line: from where this began, a configuration, the nearest ``"preset"``, or the ``"last"`` other run
+        beside this one's folder. Raises: ConfigError for another word."""
+        if isinstance(other, str):
+            return codes.difference_to(self.config, other, self.draft.folder)
         return codes.difference_text(self.config, other or self.draft.origin)
 
     def say(self, text: str, *, bad: bool = False) -> None:

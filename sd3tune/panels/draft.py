@@ -15,7 +15,8 @@ from sd3tune.errors import ConfigError
 class Draft(traitlets.HasTraits):
     """A configuration on its way. Panels observe ``config``, which is always whole and legal, and ask for changes.
 
-    ``live`` is true while a run goes on with it: then only live settings can be changed. ``origin`` is what it began with.
+    ``live`` is true while a run goes on with it: then only live settings can be changed. ``origin`` is what it began with, ``folder``
+    where its run is.
     """
 
     config = traitlets.Any()
@@ -23,7 +24,7 @@ class Draft(traitlets.HasTraits):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.origin = config
+        self.origin, self.folder = config, ""
         self.config = config
 
     @classmethod

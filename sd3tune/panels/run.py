@@ -20,6 +20,7 @@ from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
 from sd3tune.panels.redrawn import Redrawn
 from sd3tune.panels.relief import Relief
+from sd3tune.panels.retold import Retold
 from sd3tune.run_folder import RunFolder, step_of
 from sd3tune.runner import Runner
 from sd3tune.snapshot import LEGAL, TERMINAL, Snapshot, Until
@@ -48,7 +49,8 @@ TICK = 0.4
 class RunPanel(Panel):
     """Buttons, status, curves, pictures and log of one run, ``runner``. Settings come from the draft; live ones reach the run at once.
 
-    Without a cache, *Start* encodes what is missing first, from ``data``. ``make`` makes the trainer. ``price`` is what an hour costs.
+    Without a cache, *Start* encodes what is missing first, from ``data``; a cache knows its data. ``make`` makes the trainer. ``price`` is
+    what an hour costs.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class RunPanel(Panel):
         make: Callable[[RunConfig, Cache], Trainer] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self._cache, self._make_trainer, self._data = cache, make, data
+        self._cache, self._make_trainer, self._data = cache, make, (cache.plan.catalog.source if cache is not None else "") or data
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self.buttons = {name: button(said, lambda name=name: self.press(name), about) for name, (said, _, about) in BUTTONS.items()}  # type: ignore[misc]
         self.checkpoint: Any = tip(
@@ -70,7 +72,7 @@ class RunPanel(Panel):
         )
         self.status, self.words, self.changed, self.previews, self.log = (widgets.HTML() for _ in range(5))
         self.chart, self.others, self.levels = (widgets.HTML() for _ in range(3))
-        self.pictures, self.relief = PicturesView(), Relief(self._relieved)
+        self.pictures, self.relief, self.retold = PicturesView(), Relief(self._relieved), Retold(self)
         curves = ((showing.main_curve, self.chart), (showing.other_curves, self.others), (showing.spoken, self.words))
         self._drawings = (
             Redrawn(lambda now: (now.count, now.evals, now.changes, now.verdict), *curves),
@@ -79,7 +81,7 @@ class RunPanel(Panel):
         )
         self.forms: list[Form] = []
         """Without whose agreement no run starts."""
-        self.watchers: list[Callable[[Snapshot], None]] = []
+        self.watchers: list[Callable[[Snapshot], None]] = [self.retold.look]
         """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
@@ -154,7 +156,9 @@ class RunPanel(Panel):
         now = self.runner.snapshot
         if now.began_at:
             return f"import sd3tune as st\n\nst.replay({now.folder!r})  # it was resumed: its history holds all that was changed\n"
-        return codes.run_code((now.began_with if now.steering else None) or self.config, now.steering, self._data)
+        if now.steering and now.began_with:
+            return codes.run_code(now.began_with, now.steering, codes.source_of(now.folder) or self._data)
+        return codes.run_code(self.config, data=self._data)
 
     def _begin(self, make: Callable[[], Made]) -> None:
         if not self.runner.snapshot.live:
@@ -229,7 +233,7 @@ class RunPanel(Panel):
             for look in self.watchers:
                 look(now)
             self._buttons(now, clock)
-            self.draft.live = now.live
+            self.draft.live, self.draft.folder = now.live, now.folder
             self.relief.offer(now)
             if now.refusals != self._told:
                 self._told = now.refusals
@@ -266,7 +270,7 @@ class RunPanel(Panel):
             [
                 self.status, row(*pressed), row(self.checkpoint, self.buttons["rewind"], self.price), self.note, self.relief.widget,
                 row(column(self.chart, self.words, self.changed, grow=2, least=420), column(self.others, self.levels, least=280)),
-                self.previews, self.pictures.widget, self.log,
+                self.previews, self.pictures.widget, self.log, self.retold.widget,
             ],
             layout=widgets.Layout(width="100%", max_width="1100px", overflow="visible"),
         )  # fmt: skip

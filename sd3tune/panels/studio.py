@@ -34,7 +34,7 @@ class Studio(RunPanel):
     ) -> None:  # fmt: skip
         super().__init__(config, cache, data=data, make=make)
         runs = Path(self.config.run.output_dir)
-        self.machine, self.data = DoctorPanel(self.draft), DataPanel(self.draft, data)
+        self.machine, self.data = DoctorPanel(self.draft), DataPanel(self.draft, self._data)
         self.model, self.learning, self.drawing = ModelPanel(self.draft), LearningPanel(self.draft), ValidationPanel(self.draft)
         self.lab, self.compared, self.export = GridLab(self), ComparePanel(runs.parent), ExportPanel(runs)
         parts: dict[str, Any] = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
 from sd3tune.errors import ConfigError
-from sd3tune.panels.looks import SMALL, put
+from sd3tune.panels.looks import folded, put
 from sd3tune.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -39,9 +38,3 @@ class Retold:
             return self._panel.diff(what)
         except ConfigError as error:
             return str(error)
-
-
-def folded(name: str, text: str) -> str:
-    """Text that a click shows."""
-    style = f"white-space:pre-wrap;overflow-wrap:anywhere;{SMALL}"
-    return f'<details><summary>{escape(name)}</summary><pre style="{style}">{escape(text)}</pre></details>'

@@ -14,7 +14,7 @@ from sd3tune.config.optimizers import options_of
 from sd3tune.config.rules import spreads_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.buckets import LATENT_FACTOR
-from sd3tune.data.catalog import from_datasets
+from sd3tune.data.catalog import again
 from sd3tune.data.datasets import dataset_of
 from sd3tune.data.planning import Plan, plan
 from sd3tune.errors import CheckpointError, ConfigError, DataError
@@ -173,8 +173,8 @@ def encoded(config: RunConfig, made: Plan, processes: Processes = ALONE) -> Cach
 def rebuild_cache(folder: RunFolder, config: RunConfig, processes: Processes = ALONE) -> Cache:
     """The cache of a run folder, from the data sets that its manifest names. Raises: CheckpointError, DataError."""
     try:
-        rows = json.loads(folder.manifest.read_text())["datasets"]
-        datasets = [dataset_of(row) for row in rows]
+        manifest = json.loads(folder.manifest.read_text())
+        datasets, source = [dataset_of(row) for row in manifest["datasets"]], manifest.get("source", "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder.manifest}: cannot be read ({error}); pass the cache to Trainer.resume") from None
-    return encoded(config, plan(from_datasets(datasets), config), processes)
+    return encoded(config, plan(again(datasets, source), config), processes)

@@ -52,6 +52,8 @@ class Manifest(Shown):
     cache_hits: int
     cache_misses: int
     datasets: tuple[dict[str, Any], ...]
+    source: str = ""
+    """Where they were read from: a file, a folder or an address."""
     advice: tuple[str, ...] = ()
     pictures: str = ""
     """What is drawn on the way, and in which steps skip-layer guidance is active."""
@@ -247,6 +249,7 @@ def describe(
         cache_hits=cache.hits,
         cache_misses=cache.misses,
         datasets=tuple(dataclasses.asdict(d) for d in catalog.datasets),
+        source=catalog.source,
         pictures=pictures,
         advice=advice,
         levels=drawn_levels(plan, rules),

@@ -472,6 +472,8 @@ class Trainer:
     def encode(self, prompts: Sequence[str]) -> Iterator[Record]:
         """Let the text encoders read new prompts, on the CPU beside the model; the first record says what that costs."""
         texts = tuple(sorted({*prompts} - {*self.cache.plan.texts}))
+        if not texts:
+            return
         gb = memory.encoder_bytes(self.config, components.compute_dtype(self.config).itemsize) / 1e9
         cost = f"reading {len(texts)} new prompts loads the text encoders into {gb:.1f} GB of the machine's memory, and frees it afterwards"
         yield self._tell(NoticeRecord(step=self.steps_done, text=cost))

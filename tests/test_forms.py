@@ -77,6 +77,33 @@ def test_what_is_wrong_between_two_settings_is_said_where_it_was_typed() -> None
     assert (draft.config.schedule.num_train_epochs, draft.config.max_train_steps) == (3, None)
 
 
+@pytest.mark.parametrize(("name", "typed"), [("validation_guidance_skip_layers", "7, x"), ("validation_guidance", 99.0)])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_wrong_field_keeps_no_other_field_of_its_form_back(name: str, typed: Any, live: bool) -> None:
+    """Neither when it cannot be read nor when it is out of range, and nothing that was typed is put back by what happens elsewhere."""
+    draft, form = form_of(name, "learning_rate", "max_grad_norm")
+    draft.live = live
+    form.fields[name].value = typed
+    form.fields["learning_rate"].value = 5e-4
+    assert draft.config.leaves()["learning_rate"] == 5e-4
+    assert draft.config.leaves()[name] == draft.origin.leaves()[name]
+    assert [key for key, error in form.errors.items() if error.value] == [name]
+    assert not form.apply()
+    draft.change(max_grad_norm=0.5)
+    assert [form.fields[key].value for key in (name, "learning_rate", "max_grad_norm")] == [typed, 5e-4, 0.5]
+
+
+def test_what_contradicts_a_setting_that_stands_is_said_where_it_was_typed_and_the_rest_is_taken() -> None:
+    """Also when the sentence is about a setting that nobody touched just now."""
+    walk = {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_reflexflow": True, "scheduled_sampling_reflexflow_beta1": 0.0}
+    draft = Draft(presets.playground(**walk))
+    typed = {"num_train_epochs": 3, "scheduled_sampling_reflexflow_beta2": 0.0, "lora_rank": 4, "learning_rate": 7.0}
+    wrong = draft.take(**typed)
+    assert set(wrong) == {"learning_rate", "num_train_epochs", "scheduled_sampling_reflexflow_beta2"}
+    assert "_beta1 and _beta2 are both 0" in wrong["scheduled_sampling_reflexflow_beta2"]
+    assert codes.difference_text(draft.config, draft.origin) == "lora_rank: 16 -> 4"
+
+
 def test_two_forms_of_a_draft_follow_each_other_but_what_is_typed_and_wrong_stays() -> None:
     draft, one = form_of("learning_rate", "lora_rank")
     other = Form(draft, ("learning_rate",))

@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,23 @@ from safetensors import safe_open
 from test_trainer import same_state
 
 import sd3tune as st
+from sd3tune.config import presets
 from sd3tune.errors import CheckpointError, TrainingError
 from sd3tune.models.savings import savings
-from sd3tune.panels import ComparePanel, DataPanel, DoctorPanel, Draft, ExportPanel, Studio, TrainingPanel, codes, doctor, lab, record
+from sd3tune.panels import (
+    ComparePanel,
+    DataPanel,
+    DoctorPanel,
+    Draft,
+    ExportPanel,
+    LearningPanel,
+    Studio,
+    TrainingPanel,
+    codes,
+    doctor,
+    lab,
+    record,
+)
 from sd3tune.panels.pictures import grid_at, in_words, jpeg, shown_at
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.painter import Drawn
@@ -418,6 +434,61 @@ def test_the_data_panel_shows_what_is_there_and_keeps_edits_beside_it(bench: Wor
     assert old != "a caption of <b>mine</b>"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_picture_with_several_captions_keeps_them_all(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Shown one a line, saved one a line, exported one a line into one's home; one caption where the data set reads a text file whole."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, picture in enumerate(sorted((bench.datasets.parent / "train").glob("*.png"))[:2]):
+        shutil.copy(picture, pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text("a lock\na <i>padlock</i>\n")
+    data = tmp_path / "datasets.yaml"
+    data.write_text(f"- {{id: two, instance_data_dir: pictures, resolution: 64, disable_multiline_split: {str(whole).lower()}}}\n")
+    panel = DataPanel(bench.config(), data)
+    panel.look()
+    assert panel.caption.value == ("a lock a <i>padlock</i>" if whole else "a lock\na <i>padlock</i>")
+    assert ("2 captions, one a line" in panel.kept.value) != whole
+    panel.caption.value += "\n"
+    assert not panel.edits, "an empty line is no caption"
+    panel.caption.value = "a  lock\n\na bolt"
+    panel.count()
+    assert panel.counted.value.count("CLIP-L") == 2
+    panel.save()
+    assert "The captions of 1 pictures are kept in" in panel.note.value
+    wanted = [("a lock a bolt",), ("a lock a <i>padlock</i>",)] if whole else [("a lock", "a bolt"), ("a lock", "a <i>padlock</i>")]
+    assert [item.captions for item in st.discover(data).items] == wanted
+    panel.folder.value = "~/texts"
+    panel.export()
+    assert [(tmp_path / f"home/texts/two/{k}.txt").read_text().splitlines() for k in (0, 1)] == [list(one) for one in wanted]
+    assert "a lock / a bolt" in panel.pages.value or whole
+
+
+def test_captions_saved_in_a_studio_are_trained_on_and_unsaved_ones_hinder_a_start(bench: Workbench, tmp_path: Path) -> None:
+    """Also in a studio that was given a cache of the words before."""
+    data = Path(shutil.copytree(bench.datasets.parent, tmp_path / "data")) / "datasets.yaml"
+    config = bench.config(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
+    panel = Studio(config, st.CacheBuilder(st.plan(st.discover(data), config), st.encoders(config)).build())
+    panel.data.look()
+    old = panel.data.caption.value
+    panel.data.caption.value = "a caption that nobody encoded"
+    panel.press("start")
+    assert panel.runner.snapshot.state == "idle"
+    assert "Not started: 1 captions are edited and not saved; under Data, Captions, press Save edits or Undo edits." in panel.note.value
+    panel.data.undo()
+    assert (panel.data.caption.value, panel.hindrance) == (old, "")
+    panel.data.caption.value = "a caption that nobody encoded"
+    panel.data.save()
+    panel.press("start")
+    manifest = json.loads(RunFolder(Path(panel.wait(PATIENCE).folder)).manifest.read_text())
+    assert "a caption that nobody encoded" in manifest["first_captions"]
+    resumed = st.Trainer.resume(panel.runner.snapshot.folder, max_train_steps=2)  # the edits are a part of what the run trains on
+    assert resumed.cache.plan.catalog.items[0].caption == "a caption that nobody encoded"
+    assert resumed.steps_done == 1
+
+
 def test_the_data_panel_says_what_is_wrong(bench: Workbench, tmp_path: Path) -> None:
     panel = DataPanel(bench.config(), tmp_path / "nowhere")
     panel.look()
@@ -448,7 +519,7 @@ def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the
     form.share.value = 0.25
     panel.save()
     assert panel.source.value == str(tmp_path / "my-pots.yaml")
-    assert "1 captions are kept in" in panel.note.value
+    assert "The captions of 1 pictures are kept in" in panel.note.value
     assert panel.cuts[panel.picture.value].item.path.stem == texts[1].stem, "the next picture to write about is near this one"
     assert form.widget.layout.display == "none"
     assert panel.plan is not None
@@ -495,14 +566,18 @@ def test_two_runs_are_compared_in_numbers_settings_words_and_pictures(studio: St
     assert "Choose two runs" in panel.note.value
 
 
-def test_export_writes_for_another_program_verified_and_never_over_a_file(bench: Workbench, tmp_path: Path) -> None:
+def test_export_writes_for_another_program_verified_and_never_over_a_file(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = bench.trainer(max_train_steps=1, lr_warmup_steps=0, validation_disable=True, output_dir=str(tmp_path / "run"))
     for _ in trainer.run():
         pass
     panel = ExportPanel(trainer.folder.path)
     panel.look()
     assert "rank" in panel.said.value
-    panel.layout.value, panel.target.value = "comfyui", str(tmp_path / "out.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    panel.source.value = "~/run"
+    panel.layout.value, panel.target.value = "comfyui", "~/out.safetensors"
     panel.write()
     assert "tensors" in panel.said.value
     size = os.path.getsize(tmp_path / "out.safetensors")
@@ -522,14 +597,100 @@ def test_export_writes_for_another_program_verified_and_never_over_a_file(bench:
 
 def test_a_panel_says_its_code_and_what_differs(bench: Workbench) -> None:
     draft = Draft(bench.config())
-    panel = Studio(draft, bench.cache(draft.config), data="pictures.yaml")
+    panel = Studio(draft, data="pictures.yaml")
     draft.change(lora_rank=4)
     assert panel.diff().startswith("lora_rank: ")
     assert "st.discover('pictures.yaml')" in panel.code()
     assert codes.config_code(panel.config) in panel.code()
+    assert panel.code() in unescape(panel.retold.widget.value)
 
 
-def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_button(bench: Workbench, tmp_path: Path) -> None:
+def test_what_differs_from_the_preset_and_from_the_last_run(tmp_path: Path) -> None:
+    """By name; the last run is the newest other one beside where this one's runs go, and never the run that the panel shows."""
+    config = presets.load("sd35-medium-16gb", lora_rank=64, output_dir=str(tmp_path / "mine"))
+    panel = TrainingPanel(config)
+    assert panel.diff() == "nothing differs"
+    assert "beside the preset sd35-medium-16gb:\n" in panel.diff("preset")
+    assert f"lora_rank: {presets.load('sd35-medium-16gb').adapter.lora_rank} -> 64" in panel.diff("preset")
+    assert panel.diff("last") == f"there is no other run in {tmp_path}"
+    for age, (name, rank) in enumerate((("new", 8), ("old", 16), ("mine", 32))):
+        (tmp_path / name).mkdir()
+        config.replace(lora_rank=rank, output_dir=str(tmp_path / name)).save(tmp_path / name / "config.yaml")
+        os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
+    assert panel.diff("last").splitlines() == [
+        "beside the run new:", "lora_rank: 8 -> 64", f"output_dir: {str(tmp_path / 'new')!r} -> {str(tmp_path / 'mine')!r}",
+    ]  # fmt: skip
+    panel.draft.folder = str(tmp_path / "new")
+    assert "beside the run old:\nlora_rank: 16 -> 64" in panel.diff("last")
+    panel.fields["learning_rate"].value = 3e-5
+    shown = unescape(panel.retold.widget.value)
+    for said in (panel.diff("preset"), panel.diff("last"), panel.code()):
+        assert "3e-05" in said
+        assert said in shown
+    (tmp_path / "old" / "config.yaml").write_text("lora_rank: many\n")
+    panel.fields["learning_rate"].value = 4e-5
+    assert "lora_rank: 'many' is not allowed" in unescape(panel.retold.widget.value)
+    with pytest.raises(st.ConfigError, match="say preset or last"):
+        panel.diff("first")
+
+
+def test_the_code_names_the_data_that_the_cache_was_made_of_and_that_the_run_was_trained_on(bench: Workbench, tmp_path: Path) -> None:
+    config = bench.config(output_dir=str(tmp_path / "mine"))
+    panel = Studio(config, bench.cache(config))
+    assert f"st.discover({str(bench.datasets)!r})" in panel.code()
+    assert panel.data.source.value == str(bench.datasets)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"source": "pots.yaml"}))
+    panel.runner._put(folder=str(tmp_path / "run"), began_with=config, steering=((1, {"learning_rate": 1e-5}),))
+    panel.data.source.value = str(tmp_path / "others.yaml")
+    assert "st.discover('pots.yaml')" in panel.code(), "what is chosen now is for the next run"
+
+
+def test_the_code_encodes_prompts_that_were_new_and_stops_where_a_change_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    config = bench.config(
+        max_train_steps=2,
+        lr_warmup_steps=0,
+        validation_prompt=("lock",),
+        validation_on_startup=False,
+        cache_dir=str(tmp_path / "cache"),
+        output_dir=str(tmp_path / "run"),
+    )
+    steering = [(1, {"validation_prompt": ("lock", "words that nobody encoded")}), (1, {"lora_rank": 4})]
+    told: dict[str, Any] = {}
+    with pytest.raises(AssertionError, match="lora_rank"):
+        exec(codes.run_code(config, steering, bench.datasets), told)
+    assert told["trainer"].config.validation.validation_prompt[1] == "words that nobody encoded"
+    assert told["trainer"].cache.states("words that nobody encoded") is not None
+
+
+class Shell:
+    """A notebook's shell, as far as new cells go."""
+
+    def __init__(self) -> None:
+        self.cells: list[str] = []
+
+    def set_next_input(self, code: str) -> None:
+        self.cells.append(code)
+
+
+def test_to_cell_inserts_the_panels_code_and_prints_it_outside_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    panel, shell = LearningPanel(presets.load("sd35-medium-16gb").replace(lora_rank=64)), Shell()
+    with monkeypatch.context() as patched:
+        patched.setattr("IPython.get_ipython", lambda: shell)
+        panel.to_cell()
+    told: dict[str, Any] = {}
+    exec(shell.cells[0], told)
+    assert told["config"] == panel.config
+    panel.to_cell()
+    assert capsys.readouterr().out.strip() == shell.cells[0].strip()
+    assert len(shell.cells) == 1
+
+
+def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_button(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sd3tune.configuring import Machine, Wizard
     from sd3tune.panels import configure
 
@@ -555,6 +716,8 @@ def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_
     assert len(panel.wizard.answers) == asked - 1
     panel.default()
     assert not list(tmp_path.glob("*.yaml"))
+    with pytest.raises(st.ConfigError, match="not written yet"):
+        panel.to_cell()
     panel.save()
     made = {path.name for path in tmp_path.glob("*.yaml")}
     assert made == {"run.yaml", "datasets.yaml"}
@@ -562,3 +725,15 @@ def test_the_wizard_as_a_panel_asks_the_same_and_writes_nothing_before_its_last_
     panel.save()
     assert len(list(tmp_path.glob("run*.yaml"))) == 2  # beside the first, under another name
     assert isinstance(panel.wizard, Wizard)
+    shell = Shell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    panel.to_cell()
+    (cell,) = shell.cells
+    named = [tmp_path / "run-2.yaml", tmp_path / "datasets-2.yaml"]  # what was written last, and nothing that is not there
+    assert [path for path in map(Path, re.findall(r'"(.*?)"', cell)) if path.suffix == ".yaml"] == named
+    assert all(path.exists() for path in named)
+    assert cell in unescape(panel.files.value)
+    panel.go_back()
+    panel.default()
+    with pytest.raises(st.ConfigError, match="not written yet"):
+        panel.to_cell()

@@ -75,6 +75,8 @@ class Catalog(Shown):
     problems: tuple[Problem, ...]
     missing_captions: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    source: str = dataclasses.field(default="", compare=False)
+    """The file, folder or address that it was discovered from, absolute; empty for entries that came from nowhere."""
 
     def __str__(self) -> str:
         lines = []
@@ -97,12 +99,20 @@ def discover(source: str | Path) -> Catalog:
     path = Path(source).expanduser()
     if path.is_dir() or "://" in str(source):
         place = str(source) if "://" in str(source) else str(path)
-        return from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=place)])
+        found = from_datasets([Dataset(id=path.resolve().name or "pictures", instance_data_dir=place)])
+        return dataclasses.replace(found, source=place if "://" in place else str(path.absolute()))
     if path.suffix.lower() not in (".yaml", ".yml"):
         what = "is a file, not a folder" if path.exists() else f"no such folder (from {Path.cwd()})"
         raise DataError(f"{path}: {what}; give a folder of pictures or a datasets.yaml")
     entries, notes = read_datasets(path)
-    return from_datasets(entries, beside=path.parent, notes=notes, edited=overlay.read(path))
+    found = from_datasets(entries, beside=path.parent, notes=notes, edited=overlay.read(path))
+    return dataclasses.replace(found, source=str(path.absolute()))
+
+
+def again(datasets: Sequence[Dataset], source: str) -> Catalog:
+    """The catalog of a run's entries, with the captions that were edited beside the file they came from. Raises: DataError."""
+    edited = overlay.read(Path(source)) if Path(source).suffix.lower() in (".yaml", ".yml") else None
+    return dataclasses.replace(from_datasets(datasets, edited=edited), source=source)
 
 
 def from_datasets(

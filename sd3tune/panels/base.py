@@ -23,6 +23,17 @@ class Displayed:
         display(self.widget)
 
 
+def insert(code: str) -> None:
+    """Put code into a new cell below the one that runs."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        print(code)  # noqa: T201 (outside a notebook there are no cells)
+    else:
+        shell.set_next_input(code)
+
+
 class Panel(Displayed):
     """A view of a draft. ``widget`` is what a cell shows; several panels of one draft follow each other."""
 
@@ -43,16 +54,13 @@ class Panel(Displayed):
 
     def to_cell(self) -> None:
         """Put `code` into a new cell below. Call it in a cell: front ends ignore it from a button."""
-        from IPython import get_ipython
+        insert(self.code())
 
-        shell = get_ipython()
-        if shell is None:
-            print(self.code())  # noqa: T201 (outside a notebook there are no cells)
-        else:
-            shell.set_next_input(self.code())
-
-    def diff(self, other: RunConfig | None = None) -> str:
-        """What differs from another configuration (by default the one that this began with), one setting a line."""
+    def diff(self, other: RunConfig | str | None = None) -> str:
+        """What differs, one setting a line: from where this began, a configuration, the nearest ``"preset"``, or the ``"last"`` other run
+        beside this one's folder. Raises: ConfigError for another word."""
+        if isinstance(other, str):
+            return codes.difference_to(self.config, other, self.draft.folder)
         return codes.difference_text(self.config, other or self.draft.origin)
 
     def say(self, text: str, *, bad: bool = False) -> None:

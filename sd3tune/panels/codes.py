@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sd3tune.config import presets
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import ConfigError
+from sd3tune.run_folder import RunFolder
 
 Steering = Sequence[tuple[int, dict[str, Any]]]
 """Settings that were changed by hand, and after how many updates."""
@@ -44,8 +47,40 @@ def run_code(config: RunConfig, steering: Steering = (), data: str | Path = "dat
     if steering:
         rows = [f"    ({step}, {settings!r})," for step, settings in steering]
         lines += ["changes = [  # by hand: after which update, and what", *rows, "]", "for step, settings in changes:"]
-        lines += ["    for record in trainer.run(step - trainer.steps_done):", "        pass", "    trainer.set(**settings)"]
+        lines += ["    for record in trainer.run(step - trainer.steps_done):", "        pass"]
+        lines += ["    for record in trainer.encode(trainer.unread(settings)):  # prompts that were new then", "        pass"]
+        lines += ["    changed = trainer.set(**settings)", "    assert not changed.refused, changed.refused"]
     return "\n".join([*lines, "for record in trainer.run():", "    pass", ""])
+
+
+def source_of(run: str) -> str:
+    """What the run of a folder was trained on, as its manifest says; empty when that does not."""
+    try:
+        return str(json.loads(RunFolder(Path(run)).manifest.read_text()).get("source", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def last_run(config: RunConfig, but: str = "") -> Path | None:
+    """The newest run folder beside where this configuration's runs go, other than ``but``."""
+    found = [path for path in Path(config.run.output_dir).absolute().parent.glob("*/config.yaml") if str(path.parent) != but]
+    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+
+def difference_to(config: RunConfig, what: str, but: str = "") -> str:
+    """What differs from the nearest preset or from the last run (other than ``but``), which the first line names.
+
+    Raises: ConfigError for another word, and for a run whose settings cannot be read.
+    """
+    if what == "preset":
+        name, _ = nearest_preset(config)
+        return f"beside the preset {name}:\n{difference_text(config, presets.load(name))}"
+    if what != "last":
+        raise ConfigError([f"{what!r} is nothing to compare with; say preset or last, or give a configuration"], "diff")
+    folder = last_run(config, but)
+    if folder is None:
+        return f"there is no other run in {Path(config.run.output_dir).absolute().parent}"
+    return f"beside the run {folder.name}:\n{difference_text(config, RunConfig.load(folder / 'config.yaml'))}"
 
 
 def difference_text(config: RunConfig, other: RunConfig) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import ipywidgets as widgets
 
 from sd3tune.configuring import Machine, Question, Wizard, look
+from sd3tune.configuring.writing import Files
 from sd3tune.errors import ConfigError, Sd3TuneError
-from sd3tune.panels.base import Displayed
+from sd3tune.panels.base import Displayed, insert
 from sd3tune.panels.looks import SMALL, button, put, row, sentence, small, table, visible
 
 WIDE = {"width": "min(640px, 98%)"}
@@ -22,6 +23,8 @@ class ConfigurePanel(Displayed):
     def __init__(self, folder: str | Path = ".", machine: Machine | None = None) -> None:
         self.folder = Path(folder)
         self.wizard = Wizard(machine or look())
+        self.written: Files | None = None
+        """What `save` wrote of these answers."""
         self.asks, self.note, self.found, self.answers, self.files = (widgets.HTML() for _ in range(5))
         self.place = widgets.VBox([])
         self.field: Any = None
@@ -67,17 +70,20 @@ class ConfigurePanel(Displayed):
         except Sd3TuneError as error:
             put(self.note, sentence(str(error), bad=True))
             return
-        put(self.note, sentence(f"Written: {made.run} and {made.datasets}. Run the cell below, or in a terminal: {made.commands[-1]}"))
+        self.written = made
+        put(self.asks, sentence("This is written:"))
+        self._preview(made)
+        said = "The cell that runs them stands below, to be copied; to_cell() of this panel puts it under the cell that calls it."
+        put(self.note, sentence(f"Written: {made.run} and {made.datasets}. {said} In a terminal: {made.commands[-1]}"))
 
     def to_cell(self) -> None:
-        """Put the cell that runs both files below this one. Raises: ConfigError while a question is open."""
-        from IPython import get_ipython
+        """Put the cell that runs the files that were written into a new cell below. Call it in a cell: front ends ignore it from a button.
 
-        shell, code = get_ipython(), self.wizard.files(self.folder).cell
-        if shell is None:
-            print(code)  # noqa: T201 (outside a notebook there are no cells)
-        else:
-            shell.set_next_input(code)
+        Raises: ConfigError while the answers are not written.
+        """
+        if self.written is None:
+            raise ConfigError(["these answers are not written yet; press Write both files first, or call save()"], "configure")
+        insert(self.written.cell)
 
     @property
     def _question(self) -> Question:
@@ -87,7 +93,7 @@ class ConfigurePanel(Displayed):
 
     def show(self) -> None:
         """Show the question, what the last answer means, and the answers so far; at the end the files."""
-        question = self.wizard.question
+        question, self.written = self.wizard.question, None
         put(self.note, "")
         put(self.found, small(self.wizard.notes) if self.wizard.answers else "")
         put(self.answers, table(self.wizard.summary, ("asked", "answer")) if self.wizard.answers else "")
@@ -106,10 +112,12 @@ class ConfigurePanel(Displayed):
         self.place.children = (self.field, widgets.HTML(meanings(question)))
 
     def _finish(self) -> None:
-        made = self.wizard.files(self.folder)
         put(self.asks, sentence("That is all. This will be written:"))
         self.place.children = ()
         put(self.found, small(self.wizard.cautions))
+        self._preview(self.wizard.files(self.folder))
+
+    def _preview(self, made: Files) -> None:
         shown = ((str(made.run), made.run_text), (str(made.datasets), made.datasets_text), ("the cell that runs them", made.cell))
         look = f'style="white-space:pre-wrap;overflow-wrap:anywhere;{SMALL}"'
         put(self.files, "".join(f"<b>{escape(name)}</b><pre {look}>{escape(text)}</pre>" for name, text in shown))

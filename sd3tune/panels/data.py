@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
+import traitlets
 
 from sd3tune.data import discover, overlay, plan
+from sd3tune.data.captions import clean
 from sd3tune.data.sheet import framed, histogram, sheet, table
 from sd3tune.errors import Sd3TuneError
 from sd3tune.files import write_text
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 SHOWN = 24
 """Pictures of the contact sheet on one page."""
+
+
+class Saved(traitlets.HasTraits):
+    """How often captions were saved, to be observed: what was encoded before is of other words."""
+
+    times = traitlets.Int(0)
 
 
 class DataPanel(Panel):
@@ -50,7 +58,8 @@ class DataPanel(Panel):
         self.counted, self.kept = widgets.HTML(), widgets.HTML()
         self.folder: Any = widgets.Text(value="captions", description="New folder", layout={"width": "min(360px, 98%)"})
         self.edits: dict[tuple[str, str], str] = {}
-        """(data set, picture) -> a caption that was edited and is not saved yet."""
+        """(data set, picture) -> its captions, one a line, that were edited and are not saved yet."""
+        self.saved = Saved()
         self.widget = self._layout()
         self.say("Name a folder of your pictures, or a datasets.yaml, and press Look. Nothing is written into the folder.")
         self.source.observe(lambda _: self.look(), "value")
@@ -125,7 +134,7 @@ class DataPanel(Panel):
             self.edits = {(self.plan.catalog.datasets[0].id, name): text for name, text in edited.items()}
         edits: dict[str, dict[str, tuple[str, ...]]] = {}
         for (dataset, picture), text in self.edits.items():
-            edits.setdefault(dataset, {})[picture] = (text,)
+            edits.setdefault(dataset, {})[picture] = self._lines(dataset, text)
         try:
             path = overlay.save(self._place, edits)
         except Sd3TuneError as error:
@@ -133,42 +142,57 @@ class DataPanel(Panel):
             return
         count = len(self.edits)
         self.edits.clear()
+        self.saved.times += 1
         self.look()
         missing = self.plan.catalog.missing_captions if self.plan else ()
         more = f" {len(missing)} pictures still have none, the first is {missing[0].name}." if missing else ""
-        self.say(f"{count} captions are kept in {path}; only they are encoded again.{more}", bad=bool(missing))
+        self.say(f"The captions of {count} pictures are kept in {path}; only they are encoded again.{more}", bad=bool(missing))
+
+    def undo(self) -> None:
+        """Forget what was edited and not saved."""
+        self.edits.clear()
+        self._show_page()
+        self._choose()
+        self.say("The captions are as they are on the disk.")
 
     def export(self) -> None:
         """Write every caption as a ``.txt`` file into a new folder; an existing one is refused."""
-        folder = Path(self.folder.value)
+        folder = Path(self.folder.value).expanduser()
         if folder.exists():
             self.say(f"{folder.absolute()} is there already; name a new folder, so that nothing is overwritten", bad=True)
             return
         try:
             for cut in self.cuts:
-                write_text(folder / cut.item.dataset.id / Path(self._name(cut)).with_suffix(".txt"), self._words(cut) + "\n")
+                captions = self._lines(cut.item.dataset.id, self._words(cut))
+                write_text(folder / cut.item.dataset.id / Path(self._name(cut)).with_suffix(".txt"), "\n".join(captions) + "\n")
         except Sd3TuneError as error:
             self.say(str(error), bad=True)
             return
-        self.say(f"{len(self.cuts)} captions are written into {folder.absolute()}.")
+        self.say(f"The captions of {len(self.cuts)} pictures are written into {folder.absolute()}.")
 
     def count(self) -> None:
-        """How many tokens each text encoder counts in the caption, and what it does not see of it."""
+        """How many tokens each text encoder counts in each caption, and what it does not see of it."""
         from sd3tune.models.tokens import count_tokens
 
         try:
-            found = count_tokens(self.config, [self.caption.value])[0]
+            found = count_tokens(self.config, [line for line in self.caption.value.splitlines() if line.strip()] or [""])
         except Sd3TuneError as error:
             put(self.counted, sentence(str(error), bad=True))
             return
-        put(self.counted, sentence("; ".join(map(str, found))))
+        put(self.counted, sentence("\n".join("; ".join(map(str, one)) for one in found)))
 
     @staticmethod
     def _name(cut: Placement) -> str:
         return cut.item.found.name if cut.item.found else cut.item.path.name
 
     def _words(self, cut: Placement) -> str:
-        return self.edits.get((cut.item.dataset.id, self._name(cut)), cut.item.caption)
+        """The picture's captions, one a line, as they are edited or found."""
+        return self.edits.get((cut.item.dataset.id, self._name(cut)), "\n".join(cut.item.captions))
+
+    def _lines(self, dataset: str, text: str) -> tuple[str, ...]:
+        """What was typed as captions: one a line, unless the data set reads text files as one."""
+        one = self.plan is not None and any(d.id == dataset and d.disable_multiline_split for d in self.plan.catalog.datasets)
+        return tuple(caption for line in ([text] if one else text.splitlines()) if (caption := clean(line)))
 
     def _choose(self) -> None:
         place = self.picture.value
@@ -187,26 +211,24 @@ class DataPanel(Panel):
             return
         cut = self.cuts[place]
         key = (cut.item.dataset.id, self._name(cut))
-        if self.caption.value == cut.item.caption:
+        if self._lines(cut.item.dataset.id, self.caption.value) == cut.item.captions:
             self.edits.pop(key, None)
         else:
             self.edits[key] = self.caption.value
         self._tell()
 
     def _tell(self) -> None:
-        put(
-            self.kept,
-            sentence(
-                f"{len(self.edits)} captions are edited and not saved yet." if self.edits else "All captions are as they are on the disk."
-            ),
-        )
+        edited = f"{len(self.edits)} captions are edited and not saved yet." if self.edits else "All captions are as they are on the disk."
+        count = len(self._lines(self.cuts[self.picture.value].item.dataset.id, self.caption.value))
+        several = f"{count} captions, one a line: each time the picture is seen, one of them is drawn. " if count > 1 else ""
+        put(self.kept, sentence(several + edited))
 
     def _show_page(self) -> None:
         start = SHOWN * (max(1, self.page.value) - 1)
         cuts = self.cuts[start : start + SHOWN]
         pages = -(-len(self.cuts) // SHOWN)
         said = f"Page {self.page.value} of {pages}: the frame is what training sees of each picture."
-        cells = sheet([(framed(cut), f"{cut.item.path.name}: {self._words(cut)} ({cut.bucket})") for cut in cuts])
+        cells = sheet([(framed(cut), f"{cut.item.path.name}: {' / '.join(self._words(cut).splitlines())} ({cut.bucket})") for cut in cuts])
         put(self.pages, (sentence(said) if pages else "") + cells)
 
     def _layout(self) -> Any:
@@ -216,6 +238,7 @@ class DataPanel(Panel):
                 self.picture, row(self.shown, widgets.VBox([self.caption, row(
                     button("Count tokens", self.count, "what each text encoder sees of this caption"),
                     button("Save edits", self.save, "into a file beside the data sets' file; pictures' folders are never written to"),
+                    button("Undo edits", self.undo, "forget what was edited and not saved"),
                 ), self.counted, self.kept])),
                 row(self.folder, button("Export as .txt", self.export, "every caption as a file, into a new folder")),
             ]

@@ -15,7 +15,8 @@ from sd3tune.errors import ConfigError
 class Draft(traitlets.HasTraits):
     """A configuration on its way. Panels observe ``config``, which is always whole and legal, and ask for changes.
 
-    ``live`` is true while a run goes on with it: then only live settings can be changed. ``origin`` is what it began with.
+    ``live`` is true while a run goes on with it: then only live settings can be changed. ``origin`` is what it began with, ``folder``
+    where its run is.
     """
 
     config = traitlets.Any()
@@ -23,7 +24,7 @@ class Draft(traitlets.HasTraits):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.origin = config
+        self.origin, self.folder = config, ""
         self.config = config
 
     @classmethod
@@ -43,6 +44,18 @@ class Draft(traitlets.HasTraits):
         except ConfigError as error:
             return by_setting(error.problems, settings)
         return {}
+
+    def take(self, **settings: Any) -> dict[str, str]:
+        """Take over what is right of other values, together if that goes. Returns a sentence for each setting that stays as it was."""
+        left, wrong = settings, dict[str, str]()
+        while left and (found := self.change(**left)):
+            named = found.keys() & left.keys()
+            if not named:  # it is about settings that were not changed: which of these is at fault shows when each comes alone
+                alone = {name: "; ".join(self.change(**{name: value}).values()) for name, value in left.items()}
+                return wrong | {name: said for name, said in alone.items() if said}
+            wrong |= {name: found[name] for name in named}
+            left = {name: value for name, value in left.items() if name not in named}
+        return wrong
 
     def start_over(self, config: RunConfig) -> None:
         """Begin anew with another configuration, such as a preset; where files go stays as it is."""

@@ -59,7 +59,7 @@ class ExportPanel(Displayed):
     @property
     def file(self) -> Path:
         """The LoRA file that is meant. Raises: CheckpointError when there is none."""
-        path = Path(self.source.value)
+        path = Path(self.source.value).expanduser()
         found = RunFolder.of(path).lora if path.is_dir() else path
         if not found.exists():
             raise CheckpointError(
@@ -84,7 +84,7 @@ class ExportPanel(Displayed):
         from sd3tune.validation.votes import Candidate
 
         def act() -> str:
-            out = Path(self.target.value)
+            out = Path(self.target.value).expanduser()
             if out.exists():
                 raise FileError(f"{out.absolute()} is there already; give another name")
             if self.step.value > 0:
@@ -98,7 +98,7 @@ class ExportPanel(Displayed):
         from sd3tune.reporting.page import write_report
 
         def act() -> str:
-            folder = RunFolder.of(self.source.value)
+            folder = RunFolder.of(Path(self.source.value).expanduser())
             write_report(folder)
             return f"{folder.report}: one page, needs no network"
 
@@ -110,7 +110,7 @@ class ExportPanel(Displayed):
         from sd3tune.reporting.card import card
 
         def act() -> str:
-            folder = RunFolder.of(self.source.value)
+            folder = RunFolder.of(Path(self.source.value).expanduser())
             write_text(folder.card, card(folder, RunConfig.load(folder.config), folder.path.name))
             return f"{folder.card}: look at it before you share it"
 

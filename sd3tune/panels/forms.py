@@ -22,16 +22,15 @@ class Form:
         leaves = draft.config.leaves()
         self.fields: dict[str, Any] = {name: fields.field(name, fields.shown(name, leaves[name])) for name in names}
         self.errors: dict[str, Any] = {name: widgets.HTML() for name in names}
-        self.note = widgets.HTML()
         rows = [part for name in names for part in (self.fields[name], self.errors[name])]
-        self.widget = widgets.VBox([*rows, self.note], layout=widgets.Layout(width="100%", overflow="visible"))
+        self.widget = widgets.VBox(rows, layout=widgets.Layout(width="100%", overflow="visible"))
         for one in self.fields.values():
             one.observe(lambda _: self.apply(), "value")
         draft.observe(lambda _: self.show(), ["config", "live"])
         self.show()
 
     def apply(self) -> bool:
-        """Take what was typed over into the draft; false, with a sentence where it is wrong, when it cannot be."""
+        """Take what was typed over into the draft; what is wrong stays in its field with a sentence, and then this is false."""
         if self._busy:
             return True
         leaves, values, problems = self.draft.config.leaves(), dict[str, Any](), dict[str, str]()
@@ -43,23 +42,18 @@ class Form:
                     problems[name] = "; ".join(error.problems)
         self._busy = True  # this form shows what was typed already
         try:
-            problems = problems or self.draft.change(**values)
+            problems |= self.draft.take(**values)
         finally:
             self._busy = False
-        self._explain(problems)
-        if not problems:
-            self.show()
+        for name, below in self.errors.items():
+            put(below, sentence(problems.get(name, ""), bad=True))
+        self.show()
         return not problems
-
-    def _explain(self, problems: dict[str, str]) -> None:
-        for name, error in self.errors.items():
-            put(error, sentence(problems.get(name, ""), bad=True))
-        put(self.note, sentence("; ".join(text for name, text in problems.items() if name not in self.errors), bad=True))
 
     @property
     def wrong(self) -> bool:
         """Whether a field holds what cannot be taken over."""
-        return any(error.value for error in self.errors.values()) or bool(self.note.value)
+        return any(error.value for error in self.errors.values())
 
     def show(self) -> None:
         """Show the draft's values; a field with something wrong in it keeps what was typed."""

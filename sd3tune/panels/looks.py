@@ -30,6 +30,12 @@ def small(lines: Sequence[object]) -> str:
     return f'<div style="{SMALL}">{"<br>".join(escape(str(line)) for line in lines)}</div>' if lines else ""
 
 
+def folded(name: str, text: str) -> str:
+    """Text that a click shows; empty text gives nothing."""
+    style = f"white-space:pre-wrap;overflow-wrap:anywhere;{SMALL}"
+    return f'<details><summary>{escape(name)}</summary><pre style="{style}">{escape(text)}</pre></details>' if text else ""
+
+
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
     """Rows as an HTML table that scrolls by itself when the page is narrow."""
     top = "".join(f'<th scope="col" style="text-align:left;padding:1px 10px 1px 0">{escape(one)}</th>' for one in head)

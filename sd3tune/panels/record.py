@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from sd3tune.files import digest
 from sd3tune.panels import showing
-from sd3tune.panels.looks import SMALL, sentence
+from sd3tune.panels.looks import SMALL, folded, sentence
 from sd3tune.panels.pictures import alt, grid_at, jpeg
 from sd3tune.run_folder import RunFolder
 from sd3tune.snapshot import Snapshot
@@ -25,15 +24,9 @@ def report(now: Snapshot, code: str = "", changed: str = "") -> str:
         sentence(showing.status(now), bad=now.state == "failed"),
         f'<div style="max-width:760px">{showing.main_curve(now)}{showing.other_curves(now)}</div>' if now.count else "",
         showing.spoken(now), showing.changes(now), scrubber(Path(now.folder)) if now.folder else "",
-        _folded("What differs from where it began", changed), _folded("The code that does this again", code), showing.log(now),
+        folded("What differs from where it began", changed), folded("The code that does this again", code), showing.log(now),
     ]  # fmt: skip
     return f'<div style="max-width:1100px">{"".join(parts)}</div>'
-
-
-def _folded(name: str, text: str) -> str:
-    if not text:
-        return ""
-    return f'<details><summary>{escape(name)}</summary><pre style="white-space:pre-wrap;{SMALL}">{escape(text)}</pre></details>'
 
 
 def scrubber(path: Path) -> str:

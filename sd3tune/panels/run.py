@@ -22,6 +22,7 @@ from sd3tune.panels.pictures import PicturesView
 from sd3tune.panels.pressing import Controls
 from sd3tune.panels.redrawn import Redrawn
 from sd3tune.panels.relief import Relief
+from sd3tune.panels.retold import Retold
 from sd3tune.run_folder import RunFolder
 from sd3tune.runner import Runner
 from sd3tune.snapshot import TERMINAL, Snapshot, Until
@@ -39,7 +40,8 @@ TICK = 0.4
 class RunPanel(Panel):
     """Buttons, status, curves, pictures and log of one run, ``runner``. Settings come from the draft; live ones reach the run at once.
 
-    Without a cache, *Start* encodes what is missing first, from ``data``. ``make`` makes the trainer. ``price`` is what an hour costs.
+    Without a cache, *Start* encodes what is missing first, from ``data``; a cache knows its data. ``make`` makes the trainer. ``price`` is
+    what an hour costs.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class RunPanel(Panel):
         make: Callable[[RunConfig, Cache], Trainer] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config)
-        self._cache, self._make_trainer, self._data = cache, make, data
+        self._cache, self._make_trainer, self._data = cache, make, (cache.plan.catalog.source if cache is not None else "") or data
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self._controls = Controls(self.press)
         self.buttons, self.checkpoint = self._controls.buttons, self._controls.checkpoint
@@ -59,7 +61,7 @@ class RunPanel(Panel):
         )
         self.status, self.words, self.changed, self.previews, self.log = (widgets.HTML() for _ in range(5))
         self.chart, self.others, self.levels = (widgets.HTML() for _ in range(3))
-        self.pictures, self.relief = PicturesView(), Relief(self._relieved)
+        self.pictures, self.relief, self.retold = PicturesView(), Relief(self._relieved), Retold(self)
         curves = ((showing.main_curve, self.chart), (showing.other_curves, self.others), (showing.spoken, self.words))
         self._drawings = (
             Redrawn(lambda now: (now.count, now.evals, now.changes, now.verdict), *curves),
@@ -68,7 +70,7 @@ class RunPanel(Panel):
         )
         self.forms: list[Form] = []
         """Without whose agreement no run starts."""
-        self.watchers: list[Callable[[Snapshot], None]] = []
+        self.watchers: list[Callable[[Snapshot], None]] = [self.retold.look]
         """What else is to be brought up to date with the run, such as a grid lab."""
         self._record: Any = None
         self._busy = threading.RLock()
@@ -88,10 +90,10 @@ class RunPanel(Panel):
     # --- what a person does ------------------------------------------------------------------------------------------
 
     def press(self, name: str) -> None:
-        """What a button does: ask the run, nothing else; a run does not start while a field is wrong."""
+        """What a button does: ask the run, nothing else; a run does not start while something hinders it."""
         begins = name == "start" or (name == "go_on" and self.runner.snapshot.state in TERMINAL)
-        if begins and any(form.wrong for form in self.forms):
-            self.say("Not started: a field above holds what cannot be taken over.", bad=True)
+        if begins and (hindrance := self.hindrance):
+            self.say(f"Not started: {hindrance}.", bad=True)
             return
         self.say("")
         self._controls.asked(name, self.runner.snapshot.state)
@@ -108,8 +110,16 @@ class RunPanel(Panel):
         self.refresh()
 
     def start(self) -> None:
-        """Start a run with the draft's settings, or attach to the one that is going on in the same folder."""
+        """Start a run with the draft's settings, or attach to the one that is going on in the same folder; or say what hinders it."""
+        if hindrance := self.hindrance:
+            self.say(f"Not started: {hindrance}.", bad=True)
+            return
         self._begin(self._maker(self.config))
+
+    @property
+    def hindrance(self) -> str:
+        """Why no run starts now: what a person typed and it would not have."""
+        return "a field above holds what cannot be taken over" if any(form.wrong for form in self.forms) else ""
 
     def resume(self, **changes: Any) -> None:
         """Go on with a run that was stopped, failed or killed, from its newest checkpoint, with what was changed in the form since.
@@ -155,7 +165,9 @@ class RunPanel(Panel):
         now = self.runner.snapshot
         if now.began_at:
             return f"import sd3tune as st\n\nst.replay({now.folder!r})  # it was resumed: its history holds all that was changed\n"
-        return codes.run_code((now.began_with if now.steering else None) or self.config, now.steering, self._data)
+        if now.steering and now.began_with:
+            return codes.run_code(now.began_with, now.steering, codes.source_of(now.folder) or self._data)
+        return codes.run_code(self.config, data=self._data)
 
     def _begin(self, make: Callable[[], Made], settings: dict[str, Any] | None = None) -> None:
         """Start, and tell the run of settings before its first update."""
@@ -242,7 +254,7 @@ class RunPanel(Panel):
             for look in self.watchers:
                 look(now)
             self._controls.look(now, self.runner.answered, clock)
-            self.draft.live = now.live
+            self.draft.live, self.draft.folder = now.live, now.folder
             self.relief.offer(now)
             if now.refusals != self._told:
                 self._told = now.refusals
@@ -262,7 +274,7 @@ class RunPanel(Panel):
             [
                 self.status, row(*pressed), row(self.checkpoint, self.buttons["rewind"], self.price), self.note, self.relief.widget,
                 row(column(self.chart, self.words, self.changed, grow=2, least=420), column(self.others, self.levels, least=280)),
-                self.previews, self.pictures.widget, self.log,
+                self.previews, self.pictures.widget, self.log, self.retold.widget,
             ],
             layout=widgets.Layout(width="100%", max_width="1100px", overflow="visible"),
         )  # fmt: skip

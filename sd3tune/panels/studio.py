@@ -34,7 +34,7 @@ class Studio(RunPanel):
     ) -> None:  # fmt: skip
         super().__init__(config, cache, data=data, make=make)
         runs = Path(self.config.run.output_dir)
-        self.machine, self.data = DoctorPanel(self.draft), DataPanel(self.draft, data)
+        self.machine, self.data = DoctorPanel(self.draft), DataPanel(self.draft, self._data)
         self.model, self.learning, self.drawing = ModelPanel(self.draft), LearningPanel(self.draft), ValidationPanel(self.draft)
         self.lab, self.compared, self.export = GridLab(self), ComparePanel(runs.parent), ExportPanel(runs)
         parts: dict[str, Any] = {
@@ -48,9 +48,17 @@ class Studio(RunPanel):
         self._shown, self._offered = "", self.checkpoint.options
         self.watchers.append(self._export)
         self.data.source.observe(lambda change: self._from(change["new"]), "value")
+        self.data.saved.observe(lambda _: self._from(self.data.source.value), "times")
+
+    @property
+    def hindrance(self) -> str:
+        """Why no run starts now; captions that are not saved are a reason, too."""
+        count = len(self.data.edits)
+        edited = f"{count} captions are edited and not saved; under Data, Captions, press Save edits or Undo edits" if count else ""
+        return super().hindrance or edited
 
     def _from(self, data: str) -> None:
-        """Train on other data from the next run on."""
+        """Train on other data, or other captions, from the next run on."""
         self._data, self._cache = data, None
 
     def _export(self, now: Snapshot) -> None:

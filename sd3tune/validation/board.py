@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from sd3tune.data.catalog import Item, from_datasets
+from sd3tune.data.catalog import Item, again
 from sd3tune.data.datasets import dataset_of
 from sd3tune.data.seen import digests
 from sd3tune.errors import CheckpointError, Sd3TuneError
@@ -191,8 +191,9 @@ def board(run: str | Path) -> Board:
 def _items(folder: RunFolder) -> tuple[Item, ...]:
     """The pictures of the run's own folders, as far as they are there; nothing is fetched."""
     try:
-        datasets = [dataset_of(row) for row in json.loads(folder.manifest.read_text())["datasets"]]
-        items = from_datasets([d for d in datasets if d.type == "local" and "://" not in d.instance_data_dir]).items
+        manifest = json.loads(folder.manifest.read_text())
+        datasets = [dataset_of(row) for row in manifest["datasets"]]
+        items = again([d for d in datasets if d.type == "local" and "://" not in d.instance_data_dir], manifest.get("source", "")).items
     except (OSError, ValueError, KeyError, TypeError, Sd3TuneError):
         return ()
     known = {path: pixels for path, pixels, _ in digests([item.path for item in items if not item.pixels])}

@@ -205,6 +205,26 @@ def test_offline_the_card_lies_beside_the_adapter_and_is_pushed_later(
     assert hub.files["me/later"]["README.md"] == trainer.folder.card.read_bytes()
 
 
+def test_each_end_is_uploaded_and_nothing_else(bench: Workbench, hub: Hub) -> None:
+    """Rewound and run again, the adapter goes up again; made longer and stopped, the old one does not, by itself or by hand."""
+    trainer = bench.trainer(**{**QUICK, "validation_prompt": ()}, checkpoint_step_interval=1, push_to_hub=True, hub_model_id="me/pots")
+    list(trainer.run())
+    first = hub.files.pop("me/pots")
+    trainer.rewind(1)
+    trainer.set(learning_rate=0.01)
+    list(trainer.run())
+    second = hub.files.pop("me/pots")
+    assert second["lora.safetensors"] == trainer.folder.lora.read_bytes() != first["lora.safetensors"]
+    longer = st.Trainer.resume(trainer.folder.path, trainer.cache, max_train_steps=4)
+    list(longer.run(1))
+    for one in longer._reporters._tails:
+        one.close()
+        assert one.news() == []
+    with pytest.raises(CheckpointError, match=r"the run went on after lora\.safetensors was written.*sd3tune train --resume"):
+        publish(longer.folder, settled(longer.folder))
+    assert hub.files == {}
+
+
 def test_what_is_not_finished_is_not_pushed(bench: Workbench, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One message each: no adapter yet, and no run at all."""
     folder = RunFolder.create(tmp_path / "run")

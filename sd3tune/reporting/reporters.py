@@ -21,6 +21,9 @@ from sd3tune.run_folder import RunFolder
 POLL = 0.2
 """Seconds between two looks at what is still being sent."""
 
+LAST_WORDS = (NoticeRecord, WaitRecord, FailureRecord)
+"""What may be said after the end of a run without its going on."""
+
 TRACKERS = Patience(failures=3, limit=60)
 HUB = Patience(pauses=PAUSES, limit=3600)
 
@@ -59,8 +62,10 @@ class Reporters:
         return cls(folder, tails, notes)
 
     def take(self, record: Record) -> None:
-        """Hand a record on; returns at once."""
+        """Hand a record on; returns at once. What shows that the run goes on after an end opens what was closed then."""
         for tail in self._tails:
+            if not isinstance(record, LAST_WORDS):
+                tail.go_on()
             tail.take(record)
 
     def failed(self, step: int, error: BaseException) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, ConfigError, ModelError
 from sd3tune.files import write_text
-from sd3tune.listing import at_its_end
+from sd3tune.listing import as_set, at_its_end
 from sd3tune.models.hub import has_token
 from sd3tune.records import CheckpointRecord, Record
-from sd3tune.reporting.card import card
+from sd3tune.reporting.card import card, newest_pictures
 from sd3tune.reporting.cleaning import without_secrets
 from sd3tune.reporting.tail import RefusedError
-from sd3tune.run_folder import RunFolder, picture_folders
+from sd3tune.run_folder import RunFolder
 
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds between two tries of an upload."""
@@ -129,7 +129,7 @@ class Publisher:
             return ""
         self._written = False
         try:
-            return publish(self._folder, self._config, self._api, pauses=self._pauses)
+            return publish(self._folder, as_set(self._folder), self._api, pauses=self._pauses)
         except ConfigError as error:
             return f"{'; '.join(error.problems)}; then: sd3tune push {self._folder.path}"
 
@@ -178,5 +178,4 @@ def write_card(folder: RunFolder, config: RunConfig) -> None:
 def files_of(folder: RunFolder) -> dict[str, Path]:
     """What is uploaded: place in the repository -> file."""
     found = {path.name: path for path in (folder.card, folder.lora, folder.lora_ema, folder.grid) if path.exists()}
-    newest = picture_folders(folder)[-1:]
-    return found | {f"images/{path.name}": path for pictures in newest for path in sorted(pictures.glob("*.png"))}
+    return found | {f"images/{path.name}": path for path in newest_pictures(folder)}

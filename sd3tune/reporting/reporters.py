@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sd3tune.config.hooks import hooks_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
+from sd3tune.listing import as_set
 from sd3tune.records import NoticeRecord, Record, WaitRecord
 from sd3tune.reporting.events import Events, FailureRecord
 from sd3tune.reporting.page import write_report
@@ -80,7 +81,7 @@ class Reporters:
 
     def finish(self, step: int) -> Iterator[Record]:
         """Write the model card, wait for what is left, up to each consumer's limit, and write the report; losses come as notices."""
-        yield from self._written(step, "the model card", lambda: write_card(self._folder, RunConfig.load(self._folder.config)))
+        yield from self._written(step, "the model card", lambda: write_card(self._folder, as_set(self._folder)))
         for tail in self._tails:
             tail.stop()
         while not all(tail.ended for tail in self._tails):

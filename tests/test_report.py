@@ -120,6 +120,41 @@ def test_a_finished_run_has_its_report(bench: Workbench, capsys: pytest.CaptureF
     assert not [row for row in trainer.folder.read_history() if row["type"] == "notice" and row["step"]]
 
 
+@pytest.mark.parametrize("how", ["STOP", "Ctrl-C", "an error"])
+def test_a_run_that_ends_early_has_its_report_too(bench: Workbench, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """With what it had learned by then; when the page fails, that is said, and the run ends as it would have."""
+    trainer = bench.trainer(max_train_steps=9, validation_prompt=(), eval_loss_disable=True)
+    list(trainer.run(1))
+    assert not trainer.folder.report.exists(), "it only pauses"
+
+    def leave() -> None:
+        records = trainer.run()
+        if how == "STOP":
+            (trainer.folder.path / "STOP").touch()
+            list(records)
+            return
+        next(records)
+        error = KeyboardInterrupt() if how == "Ctrl-C" else RuntimeError("no room")
+        with pytest.raises(type(error)) as caught:
+            records.throw(error)  # type: ignore[attr-defined]
+        assert ("the report could not be written (no ink)" in getattr(caught.value, "__notes__", [])) is broken
+
+    broken = False
+    leave()
+    read = Reader(text := trainer.folder.report.read_text())
+    assert f"not finished after {trainer.steps_done} updates" in text
+    assert (["step 1", "stop "] in read.rows) is (how == "STOP")
+    broken = True
+
+    def fails(folder: RunFolder) -> Path:
+        raise CheckpointError("no ink")
+
+    monkeypatch.setattr(reporters, "write_report", fails)
+    leave()
+    said = [row["text"] for row in trainer.folder.read_history() if row["type"] == "notice"]
+    assert ("the report could not be written (no ink)" in said) is (how == "STOP")
+
+
 def test_everything_is_there_and_nothing_is_fetched(folder: RunFolder) -> None:
     """Settings that were set stand out, events in order, manifest, versions; text is text; no token; no address of any kind."""
     picture(folder, 0, prompt="a <b>pot</b>")

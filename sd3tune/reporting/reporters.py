@@ -89,9 +89,13 @@ class Reporters:
             yield WaitRecord(step=step, why="what is left is being sent")
         for said in self.news():
             yield NoticeRecord(step=step, text=said)
+        yield from self.report(step)
+
+    def report(self, step: int) -> Iterator[NoticeRecord]:
+        """Write the report of the run as it is now; why not is a notice."""
         yield from self._written(step, "the report", lambda: write_report(self._folder))
 
-    def _written(self, step: int, what: str, write: Callable[[], object]) -> Iterator[Record]:
+    def _written(self, step: int, what: str, write: Callable[[], object]) -> Iterator[NoticeRecord]:
         try:
             write()
         # The adapter is saved by now, and a page about it is no reason to end with a traceback.

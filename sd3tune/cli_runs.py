@@ -110,11 +110,12 @@ def _board(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     from sd3tune.config.reading import parse_setting
+    from sd3tune.listing import as_set
     from sd3tune.reporting.publishing import publish
     from sd3tune.run_folder import RunFolder
 
     folder = RunFolder.of(options.run)
-    print(publish(folder, st.RunConfig.load(folder.config).replace(**dict(map(parse_setting, options.set)))))
+    print(publish(folder, as_set(folder).replace(**dict(map(parse_setting, options.set)))))
 
 
 def _grid(options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.files import explained
-from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord, StepRecord
 
 
 class History:
@@ -114,6 +114,34 @@ def written_at(lines: list[dict[str, Any]], name: str) -> int | None:
     """The step at which a file of this name was written last; nothing if it never was."""
     rows = [row for row in lines if row["type"] == CheckpointRecord.type and Path(str(row.get("path"))).name == name]
     return rows[-1]["step"] if rows else None
+
+
+def finished(lines: list[dict[str, Any]], adapter: str, planned: int) -> bool:
+    """Whether a run is at its end: its final adapter was written last where the run stands now, with no updates left to do.
+
+    ``lines`` are those that count, ``planned`` the updates of the run as it began (0 when that is not known).
+    """
+    step = reached(lines)
+    return written_at(lines, adapter) == step and step >= length_of(lines, planned)
+
+
+def reached(lines: list[dict[str, Any]]) -> int:
+    """Updates done."""
+    return max((int(line["step"]) for line in lines if line["type"] == StepRecord.type), default=0)
+
+
+def length_of(lines: list[dict[str, Any]], planned: int) -> int:
+    """Updates of the whole run, as a person set it last."""
+    wanted = [accepted(line).get("max_train_steps") for line in lines]
+    return next((steps for steps in reversed(wanted) if isinstance(steps, int)), planned)
+
+
+def set_on_the_way(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that were changed while the run went on, as they are now."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        found |= accepted(line)
+    return found
 
 
 def smooth(values: list[float], decay: float = 0.95) -> list[float]:

@@ -1,13 +1,17 @@
-"""The runs of a folder, one line each."""
+"""The runs of a folder, one line each; and where one stands, by its history."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sd3tune.config.schema import RunConfig
 from sd3tune.errors import FileError
+from sd3tune.history import finished, reached, set_on_the_way
 from sd3tune.run_folder import RunFolder
 from sd3tune.shown import Shown
 
@@ -62,6 +66,26 @@ def _summaries(root: Path) -> Iterator[RunSummary]:
         history = RunFolder(path).read_history()
         losses = [r["loss"] for r in history if r["type"] == "step" and isinstance(r.get("loss"), float)]
         evals = [r["loss"] for r in history if r["type"] == "eval" and isinstance(r.get("loss"), float)]
-        step = max((r["step"] for r in history if r["type"] == "step"), default=0)
         mean = sum(losses[-20:]) / len(losses[-20:]) if losses else None
-        yield RunSummary(path, step, mean, evals[-1] if evals else None, RunFolder(path).lora.exists())
+        yield RunSummary(path, reached(history), mean, evals[-1] if evals else None, at_its_end(RunFolder(path), history))
+
+
+def at_its_end(folder: RunFolder, lines: list[dict[str, Any]]) -> bool:
+    """Whether the run of a folder has its adapter and no updates left to do; ``lines`` is its history."""
+    return folder.lora.exists() and finished(lines, folder.lora.name, planned(folder))
+
+
+def planned(folder: RunFolder) -> int:
+    """Updates of a run as it began; 0 when that cannot be read."""
+    try:
+        return int(json.loads(folder.manifest.read_text(encoding="utf-8"))["updates"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def as_set(folder: RunFolder) -> RunConfig:
+    """The settings of a run as they are now: those that it began with, and what was changed on the way. Raises: ConfigError."""
+    live = {name: tuple(value) if isinstance(value, list) else value for name, value in set_on_the_way(folder.read_history()).items()}
+    if live.get("max_train_steps") is not None:
+        live["num_train_epochs"] = None
+    return RunConfig.load(folder.config).replace(**live)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sd3tune import charts
 from sd3tune.config.schema import RunConfig
 from sd3tune.curves import curve_of
-from sd3tune.history import follow_segments, read_lines, written_at
+from sd3tune.history import finished, follow_segments, length_of, reached, read_lines
 from sd3tune.keeping import best_of
 from sd3tune.locking import Holder, holder
 from sd3tune.records import CommandRecord, EvalRecord, Record, of_row
@@ -81,13 +81,12 @@ class OpenedRun(Shown):
     @property
     def step(self) -> int:
         """Updates done."""
-        return max((row["step"] for row in self.history if row["type"] == "step"), default=0)
+        return reached(list(self.history))
 
     @property
     def total(self) -> int:
         """Updates of the whole run, as it was set last; 0 when that is not known."""
-        wanted = [row["value"].get("max_train_steps") for row in self._settings]
-        return int(next((n for n in reversed(wanted) if isinstance(n, int)), self.manifest.get("updates") or 0))
+        return length_of(list(self.history), int(self.manifest.get("updates") or 0))
 
     @property
     def losses(self) -> tuple[tuple[int, float], ...]:
@@ -143,7 +142,7 @@ class OpenedRun(Shown):
         """What became of the run, in a word."""
         if self.holder is not None and self.holder.alive:
             return "running"
-        if written_at(list(self.history), self.folder.lora.name) == self.step:
+        if finished(list(self.history), self.folder.lora.name, self.total):
             return "finished"
         if self.holder is not None:
             return "lost"

@@ -61,6 +61,15 @@ class Saver:
         """Give a sign of life. Raises: TrainingError when another process has taken the folder."""
         self._lock.beat()
 
+    @property
+    def mine(self) -> bool:
+        """Whether no other process has taken the folder."""
+        try:
+            self._lock.require_free()
+        except TrainingError:
+            return False
+        return True
+
     def beating(self, records: Iterable[Record]) -> Iterator[Record]:
         """The records of a run, with a sign of life now and then. Raises: TrainingError when another process has taken the folder."""
         for record in records:

@@ -160,6 +160,7 @@ class Trainer:
                     error.add_note(f"the state could not be saved either: {second}")
                 finally:
                     self._dismiss()
+                self._report(error)
                 raise
 
     def _run(self, last: int | None) -> Iterator[Record]:
@@ -171,6 +172,7 @@ class Trainer:
             yield from self._both(draw=self.config.validation.validation_on_startup)
         while self.steps_done < (self.total if last is None else min(last, self.total)):
             if (yield from self._obey()):
+                yield from map(self._tell, self._reporters.report(self.steps_done))
                 yield from self.parting()
                 break
             if (yield from self._advance()):
@@ -197,6 +199,12 @@ class Trainer:
             self._orders.clear()
             self._awaited = False
             self.processes.told(order)
+
+    def _report(self, error: BaseException) -> None:
+        """Write the report of a run that this error ends, unless its folder is another process's by now."""
+        if self.processes.main and self._saver.mine:
+            for said in self._reporters.report(self.steps_done):
+                error.add_note(said.text)
 
     def _dismiss(self) -> None:
         """End the other processes if they wait for an order; in the middle of an update they notice by themselves."""

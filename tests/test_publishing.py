@@ -205,6 +205,26 @@ def test_offline_the_card_lies_beside_the_adapter_and_is_pushed_later(
     assert hub.files["me/later"]["README.md"] == trainer.folder.card.read_bytes()
 
 
+def test_each_end_is_uploaded_and_nothing_else(bench: Workbench, hub: Hub) -> None:
+    """Rewound and run again, the adapter goes up again; made longer and stopped, the old one does not, by itself or by hand."""
+    trainer = bench.trainer(**{**QUICK, "validation_prompt": ()}, checkpoint_step_interval=1, push_to_hub=True, hub_model_id="me/pots")
+    list(trainer.run())
+    first = hub.files.pop("me/pots")
+    trainer.rewind(1)
+    trainer.set(learning_rate=0.01)
+    list(trainer.run())
+    second = hub.files.pop("me/pots")
+    assert second["lora.safetensors"] == trainer.folder.lora.read_bytes() != first["lora.safetensors"]
+    longer = st.Trainer.resume(trainer.folder.path, trainer.cache, max_train_steps=4)
+    list(longer.run(1))
+    for one in longer._reporters._tails:
+        one.close()
+        assert one.news() == []
+    with pytest.raises(CheckpointError, match=r"the run went on after lora\.safetensors was written.*sd3tune train --resume"):
+        publish(longer.folder, settled(longer.folder))
+    assert hub.files == {}
+
+
 def test_what_is_not_finished_is_not_pushed(bench: Workbench, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One message each: no adapter yet, and no run at all."""
     folder = RunFolder.create(tmp_path / "run")
@@ -281,6 +301,36 @@ def test_the_card_says_what_it_is(finished: RunFolder) -> None:
     assert f"```python\n{sample_code(config, shots_of(config)[0], finished.path.name)}```" in body
     assert str(finished.path.parent.parent) not in text
     assert "learning_rate: 0.02" in body
+
+
+def test_the_card_is_of_the_run_as_it_ended(bench: Workbench, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a rewind, with other settings from then on: they are in the card, its code and its gallery; what was left behind is not."""
+    pots = {"one": "lock", "two": {"prompt": "croissant", "negative": "lock"}}
+    trainer = bench.trainer(
+        max_train_steps=3, lr_warmup_steps=0, checkpoint_step_interval=1, eval_loss_disable=True, validation_prompt=(),
+        user_prompt_library=pots, validation_on_startup=False, push_to_hub=True, hub_model_id="me/pots",
+    )  # fmt: skip
+    list(trainer.run())
+    trainer.rewind(1)
+    changed = {"max_train_steps": 2, "validation_guidance": 2.25, "validation_negative_prompt": "croissant", "learning_rate": 0.0125}
+    assert not trainer.set(**changed).refused
+    list(trainer.run())
+    folder, got = trainer.folder, hub.files["me/pots"]
+    text = got["README.md"].decode()
+    _, head, body = text.split("---\n", 2)
+    widget = YAML(typ="safe").load(head)["widget"]
+    assert [(one["text"], one["parameters"]["negative_prompt"]) for one in widget] == [("lock", "croissant"), ("croissant", "lock")]
+    assert "pictures above: step 2" in body
+    assert [got[f"images/0{n}.png"] for n in (0, 1)] == [(folder.images(2) / f"0{n}.png").read_bytes() for n in (0, 1)]
+    assert "Drawn with guidance 2.25," in body
+    assert "learning rate 0.0125" in body
+    assert "* from step 1 on: max_train_steps 2, validation_guidance 2.25" in body
+    assert sample_code(trainer.config, shots_of(trainer.config)[0], "me/pots") in body
+    assert "\nlearning_rate: 0.0125\n" in body
+    folder.card.unlink()
+    assert main(["push", str(folder.path)]) == 0
+    capsys.readouterr()
+    assert folder.card.read_text() == text
 
 
 def test_cards_of_other_bases(finished: RunFolder) -> None:

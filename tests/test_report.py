@@ -120,6 +120,41 @@ def test_a_finished_run_has_its_report(bench: Workbench, capsys: pytest.CaptureF
     assert not [row for row in trainer.folder.read_history() if row["type"] == "notice" and row["step"]]
 
 
+@pytest.mark.parametrize("how", ["STOP", "Ctrl-C", "an error"])
+def test_a_run_that_ends_early_has_its_report_too(bench: Workbench, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """With what it had learned by then; when the page fails, that is said, and the run ends as it would have."""
+    trainer = bench.trainer(max_train_steps=9, validation_prompt=(), eval_loss_disable=True)
+    list(trainer.run(1))
+    assert not trainer.folder.report.exists(), "it only pauses"
+
+    def leave() -> None:
+        records = trainer.run()
+        if how == "STOP":
+            (trainer.folder.path / "STOP").touch()
+            list(records)
+            return
+        next(records)
+        error = KeyboardInterrupt() if how == "Ctrl-C" else RuntimeError("no room")
+        with pytest.raises(type(error)) as caught:
+            records.throw(error)  # type: ignore[attr-defined]
+        assert ("the report could not be written (no ink)" in getattr(caught.value, "__notes__", [])) is broken
+
+    broken = False
+    leave()
+    read = Reader(text := trainer.folder.report.read_text())
+    assert f"not finished after {trainer.steps_done} updates" in text
+    assert (["step 1", "stop "] in read.rows) is (how == "STOP")
+    broken = True
+
+    def fails(folder: RunFolder) -> Path:
+        raise CheckpointError("no ink")
+
+    monkeypatch.setattr(reporters, "write_report", fails)
+    leave()
+    said = [row["text"] for row in trainer.folder.read_history() if row["type"] == "notice"]
+    assert ("the report could not be written (no ink)" in said) is (how == "STOP")
+
+
 def test_everything_is_there_and_nothing_is_fetched(folder: RunFolder) -> None:
     """Settings that were set stand out, events in order, manifest, versions; text is text; no token; no address of any kind."""
     picture(folder, 0, prompt="a <b>pot</b>")
@@ -175,6 +210,40 @@ def test_many_and_large_pictures_stay_a_page(folder: RunFolder) -> None:
     assert text.count("display:flex") == MOST, "and no other rule shows them"
     assert re.search(r"checked><label[^>]*>390<", text)
     assert thinned([Path(str(n)) for n in range(3)], 5) == [Path("0"), Path("1"), Path("2")]
+
+
+def row(kind: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"type": kind, "step": step, **more}
+
+
+UPDATES = [row("step", n) for n in (1, 2, 3, 4)]
+SAVED, FINAL = row("checkpoint", 4, path="/x/step-000004"), row("checkpoint", 4, path="/x/lora.safetensors")
+LONGER = row("command", 4, name="set", value={"max_train_steps": 6}, refused="")
+TAKEN_UP = row("segment", 4, from_step=4, parent=0, why="resume")
+
+
+@pytest.mark.parametrize(
+    ("lines", "ended"),
+    [
+        (UPDATES, False), ([*UPDATES, SAVED, FINAL], True), ([*UPDATES[:3], {**FINAL, "step": 3}], False),
+        ([*UPDATES, SAVED, FINAL, LONGER], False), ([*UPDATES, SAVED, FINAL, {**LONGER, "refused": "no"}], True),
+        ([*UPDATES, SAVED, FINAL, LONGER, TAKEN_UP], True), ([*UPDATES, SAVED, FINAL, TAKEN_UP, LONGER], False),
+        ([*UPDATES, SAVED, FINAL, LONGER, row("step", 5)], False),
+        ([*UPDATES, SAVED, FINAL, {**TAKEN_UP, "from_step": 2, "why": "rewind"}, *UPDATES[2:]], False),
+        ([*UPDATES, SAVED, FINAL, LONGER, row("step", 5), row("step", 6), {**FINAL, "step": 6}], True),
+    ],
+)  # fmt: skip
+def test_a_run_is_finished_where_its_adapter_was_written_and_nothing_is_left(tmp_path: Path, lines: list[dict[str, Any]], ended: bool) -> None:
+    """Of four updates: made longer, taken up before that was saved, rewound, gone on. Page, list and opened run agree."""
+    made = RunFolder.create(tmp_path / "pots")
+    st.presets.playground().save(made.config)
+    made.manifest.write_text(json.dumps({"updates": 4}))
+    made.lora.write_bytes(b"")
+    made.history.write_text("".join(json.dumps({"loss": 1.0, **line}) + "\n" for line in lines))
+    assert ("; finished after" in page(made)) is ended
+    (listed,) = st.runs(tmp_path)
+    assert listed.finished is ended
+    assert (st.open_run(made.path).status == "finished") is ended
 
 
 def test_an_empty_run_has_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

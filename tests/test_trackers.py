@@ -17,7 +17,7 @@ from test_trainer import same_state, updates
 
 import sd3tune as st
 from sd3tune.checkup import _tracker
-from sd3tune.records import ScoreRecord, StepRecord
+from sd3tune.records import ImageRecord, ScoreRecord, SegmentRecord, StepRecord
 from sd3tune.reporting import require, trackers
 from sd3tune.run_folder import RunFolder
 
@@ -71,9 +71,9 @@ def test_tensorboard_shows_what_the_history_has(bench: Workbench) -> None:
     evals = [(row["step"], row["loss"]) for row in rows if row["type"] == "eval"]
     assert [(e.step, e.value) for e in shown.Scalars("loss/val")] == [(s, pytest.approx(v, rel=1e-6)) for s, v in evals]
     assert [s for s, _ in evals] == [0, 1, 2]
-    (name,) = shown.Tags()["images"]
-    assert name.startswith("validation/lock 64x64")
-    assert [e.step for e in shown.Images(name)] == [0, 1, 2]
+    base, name = sorted(shown.Tags()["images"], reverse=True)
+    assert (name.partition("/tag")[0], base.partition("/tag")[0]) == ("validation/lock 64x64", "validation/lock 64x64 (base)")
+    assert [[e.step for e in shown.Images(tag)] for tag in (base, name)] == [[0], [1, 2]]
     drawn = np.asarray(Image.open(io.BytesIO(shown.Images(name)[-1].encoded_image_string)).convert("RGB"))
     kept = np.asarray(Image.open(trainer.folder.images(2) / "00.png").convert("RGB"))
     assert np.array_equal(drawn, kept)
@@ -129,15 +129,26 @@ def test_weights_and_biases_is_told_once_and_in_order(
     """Project, name and an identity that a resumed run keeps and another run has not; numbers by step; settings without paths."""
     calls: list[dict[str, Any]] = []
     logged: list[tuple[int, set[str]]] = []
+    captions: list[str] = []
 
     class Run:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
         def log(self, values: dict[str, Any], step: int) -> None:
+            assert step >= self.step, "it would drop this and say so in its own log only"
+            self.step = step
             logged.append((step, set(values)))
+            captions.extend(picture for shown in values.values() if isinstance(shown, list) for picture in shown)
 
         def finish(self) -> None:
             logged.append((-1, set()))
 
-    library = types.SimpleNamespace(init=lambda **given: calls.append(given) or Run(), Image=lambda pixels: pixels.shape)
+    def init(**given: Any) -> Run:
+        calls.append(given)
+        return Run(max((step for step, _ in logged), default=0) if given["id"] == calls[0]["id"] else 0)
+
+    library = types.SimpleNamespace(init=init, Image=lambda pixels, caption: caption)
     monkeypatch.setitem(sys.modules, "wandb", library)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     pretend(monkeypatch, "wandb")
@@ -152,7 +163,8 @@ def test_weights_and_biases_is_told_once_and_in_order(
     trainer = bench.trainer(**options, validation_prompt=("lock",))
     updates(trainer, 1)
     trainer.checkpoint()
-    list(trainer._reporters.finish(1))
+    updates(trainer, 1)
+    list(trainer._reporters.finish(2))
     for _ in st.Trainer.resume(trainer.folder.path, trainer.cache).run():
         pass
     other = RunFolder.create(tmp_path / "other")
@@ -160,11 +172,61 @@ def test_weights_and_biases_is_told_once_and_in_order(
     assert [(c["project"], c["name"]) for c in calls] == [("pots", "first")] * 3
     assert calls[0]["id"] == calls[1]["id"] != calls[2]["id"]
     steps = [step for step, names in logged if "train_loss" in names]
-    assert steps == [1, 2, 3, 1]
-    assert (3, {"validation/lock 64x64"}) in logged
+    assert steps == [1, 2, 2, 3, 1]
+    shown = [(step, *names) for step, names in logged if any(name.startswith("validation/") for name in names)]
+    assert shown == [(3, "validation/lock 64x64 (base)"), (3, "validation/lock 64x64")], "the base model's is drawn late, and not lost"
+    assert captions == ["step 0: lock", "step 3: lock"]
     assert not {"output_dir", "cache_dir", "mirror_to", "webhook_config"} & set(calls[0]["config"])
     assert str(bench.root) not in str(calls[0]["config"])
     assert "k" * 40 not in str(calls)
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_every_picture_of_a_step_is_shown(bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    """The same prompt under two names, prompts that differ late, two seeds, base, adapter and average: each under a name of its own."""
+    from PIL import Image
+
+    shown: list[str] = []
+    run = types.SimpleNamespace(step=0, log=lambda values, step: shown.extend(values), finish=lambda: None)
+    library = types.SimpleNamespace(init=lambda **_: run, Image=lambda pixels, caption: caption)
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    folder, path = RunFolder.create(tmp_path / "run"), tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    tracker = trackers.Tracker(kind, bench.config(), folder)
+    plain = ImageRecord(step=0, prompt="lock", name="lock", path=str(path), seed=42, width=8, height=8, guidance=3.0, skip_layers=())
+    long = ["x" * 60 + ending for ending in "ab"]
+    wanted = [
+        plain, replace(plain, kind="base"), replace(plain, kind="ema"), replace(plain, seed=43), replace(plain, width=16),
+        replace(plain, name="one"), replace(plain, name="two"), replace(plain, prompt="pot"),
+        *(replace(plain, prompt=text, name=text) for text in long), replace(plain, prompt="", name="no prompt"),
+    ]  # fmt: skip
+    for record in wanted:
+        tracker.send(record)
+    tracker.finish()
+    if kind == "tensorboard":
+        shown = curves(folder.path).Tags()["images"]
+    assert len(set(shown)) == len(wanted)
+
+
+def test_a_late_base_picture_hides_nothing(bench: Workbench, tmp_path: Path) -> None:
+    """Resumed at step 2: what comes after it is replaced, and a picture of step 0 that comes first leaves the rest as it is."""
+    from PIL import Image
+
+    folder, path = RunFolder.create(tmp_path / "run"), tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    for resumed in (False, True):
+        tracker = trackers.Tracker("tensorboard", bench.config(), folder)
+        if resumed:
+            tracker.send(SegmentRecord(step=2, from_step=2, parent=0, why="resume"))
+            tracker.send(ImageRecord(
+                step=0, prompt="lock", path=str(path), seed=42, width=8, height=8, guidance=3.0, skip_layers=(), kind="base"
+            ))  # fmt: skip
+        for step in (3, 4) if resumed else (1, 2, 3):
+            tracker.send(StepRecord(step=step, loss=step + 0.5 * resumed, **PLAIN))
+        tracker.finish()
+    assert [(e.step, e.value) for e in curves(folder.path).Scalars("train_loss")] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
+    (name,) = curves(folder.path).Tags()["images"]
+    assert [e.step for e in curves(folder.path).Images(name)] == [0]
 
 
 def test_scores_have_the_usual_names() -> None:

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,10 +21,12 @@ from typing import Any
 import pytest
 from conftest import Workbench
 from PIL import Image
+from test_trackers import curves
 
 import sd3tune as st
 from sd3tune.checkup import _webhooks
 from sd3tune.config.hooks import Hook, hooks_of
+from sd3tune.history import History
 from sd3tune.records import (
     CheckpointRecord,
     CommandRecord,
@@ -37,7 +40,7 @@ from sd3tune.records import (
 )
 from sd3tune.reporting.cleaning import without_places, without_secrets
 from sd3tune.reporting.events import Events, FailureRecord
-from sd3tune.reporting.tail import Patience, Tail
+from sd3tune.reporting.tail import Patience, Tail, _close
 from sd3tune.reporting.webhooks import Webhook
 from sd3tune.run_folder import RunFolder
 
@@ -146,8 +149,12 @@ def test_a_raw_webhook_is_told_everything_in_order(folder: RunFolder, serve: Cal
     held = EvalRecord(step=2, loss=0.25, images=4, sigmas=(0.5,), losses_by_sigma=(0.25,))
     drawn = image(folder, 2)
     folder.lora.write_bytes(b"")
+    length = CommandRecord(step=2, name="set", value={"max_train_steps": 3})
+    history = History(folder.history)
+    for record in (step(1), length, step(3), final):
+        history.append(record)
     start = NoticeRecord(step=0, text=f"12 images of {Path.home()}/pictures/pots into {folder.path}/x")
-    for record in (start, step(1), checkpoint, held, preview(1), drawn, CommandRecord(step=2, name="set", value={"max_train_steps": 3})):
+    for record in (start, step(1), checkpoint, held, preview(1), drawn, length):
         one.take(record)
     for record in (step(3), final):
         one.take(record)
@@ -405,6 +412,56 @@ def test_a_run_tells_its_webhooks(bench: Workbench, serve: Callable[..., Server]
     for file in (trainer.folder.config, trainer.folder.history, trainer.folder.log, trainer.folder.card):
         assert "s3cr3t" not in file.read_text()
     assert str(bench.root) not in str(server.payloads)
+
+
+def test_a_run_that_goes_on_after_its_end_is_told(bench: Workbench, serve: Callable[..., Server]) -> None:
+    """Rewound and run again: each update and each end arrive. Made longer and left half-way: no end is told when the process ends."""
+    server = serve()
+    trainer = bench.trainer(
+        max_train_steps=2, lr_warmup_steps=0, checkpoint_step_interval=1, validation_prompt=(), eval_loss_disable=True,
+        webhook_config={"callback_url": server.url}, report_to="tensorboard",
+    )  # fmt: skip
+    list(trainer.run())
+    trainer.rewind(1)
+    list(trainer.run())
+    tails = trainer._reporters._tails
+    assert all(one.ended for one in tails)
+    trainer.set(max_train_steps=4)
+    list(trainer.run(1))
+    for one in tails:
+        _close(weakref.ref(one))
+        assert one.news() == []
+    assert [p["data"]["step"] for p in server.of("training.status")] == [1, 2, 2, 3]
+    keys = [p["stage"]["key"] for p in server.payloads if "stage" in p]
+    assert [key for key in keys if key in ("model_save", "training_complete")] == 2 * ["model_save", "training_complete"]
+    rows = [(r["step"], r["loss"]) for r in trainer.folder.read_history() if r["type"] == "step"]
+    shown = [(e.step, e.value) for e in curves(trainer.folder.path).Scalars("train_loss")]
+    assert shown == [(s, pytest.approx(v, rel=1e-6)) for s, v in rows]
+    assert [s for s, _ in rows] == [1, 2, 3]
+
+
+def test_what_is_told_after_an_end_is_of_the_next(folder: RunFolder, serve: Callable[..., Server]) -> None:
+    """A server that hangs over the first end: what it had is told as lost, once; what came afterwards arrives, in order."""
+    gate = threading.Event()
+    server = serve(lambda n: 404 if n == 1 and gate.wait(20) else 200)
+    one = tail(folder, Hook("raw", server.url), patience=Patience(limit=0.2, passing=20))
+    one.take(image(folder, 1))
+    one.stop()
+    while not one.ended:
+        time.sleep(0.02)
+    assert [("step-000001" in text, "no time left" in text) for text in one.news()] == [(True, True)]
+    one.take(image(folder, 2))
+    one.go_on()
+    take(one, [image(folder, 3), NoticeRecord(step=4, text="hello")])
+    assert not one.ended
+    gate.set()
+    deadline = time.monotonic() + 10
+    while len(server.calls) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    one.close()
+    assert [p.get("body") for p in server.payloads] == ["a pot", "hello"]
+    assert [p["data"]["step"] for p in server.of("validation.image")] == [3]
+    assert one.news() == []
 
 
 def test_an_error_is_told(bench: Workbench, serve: Callable[..., Server]) -> None:

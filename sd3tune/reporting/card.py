@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from sd3tune.config.schema import RunConfig
+from sd3tune.history import changes, reached
 from sd3tune.models.components import base_name
+from sd3tune.records import ImageRecord
 from sd3tune.reporting.cleaning import shareable, without_places, without_tokens
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.run_folder import RunFolder, step_of
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.shots import Shot, shots_of
 from sd3tune.validation.snippet import DTYPES, sample_code
@@ -25,7 +28,7 @@ UNKNOWN = Shot("a photograph", "a photograph", "", 1024, 1024, 42, 28, Guidance(
 
 
 def card(folder: RunFolder, config: RunConfig, name: str) -> str:
-    """The card of a run, as Markdown with the hub's fields on top; ``name`` is the repository's."""
+    """The card of a run with its settings as they are now, as Markdown with the hub's fields on top; ``name`` is the repository's."""
     manifest: dict[str, Any] = json.loads(folder.manifest.read_text()) if folder.manifest.exists() else {}
     parts = [
         f"---\n{_as_yaml(_fields(folder, config, manifest))}---\n",
@@ -66,15 +69,21 @@ def _fields(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> d
     phrases = sorted({d["instance_prompt"] for d in manifest.get("datasets", ()) if d.get("instance_prompt")})
     if phrases:
         found["instance_prompt"] = phrases[0]
-    pictures = [path for at in picture_folders(folder)[-1:] for path in sorted(at.glob("*.json"))]
-    rows = [(json.loads(path.read_text()), path.with_suffix(".png").name) for path in pictures if path.with_suffix(".png").exists()]
-    negative = config.validation.validation_negative_prompt
+    rows = [(json.loads(path.with_suffix(".json").read_text()), path.name) for path in newest_pictures(folder)]
     if rows:
         found["widget"] = [
-            {"text": row["prompt"], "output": {"url": f"images/{picture}"}, "parameters": {"negative_prompt": negative}}
-            for row, picture in rows
+            {"text": row["prompt"], "output": {"url": f"images/{name}"}, "parameters": {"negative_prompt": row["shot"]["negative"]}}
+            for row, name in rows
         ]
     return found
+
+
+def newest_pictures(folder: RunFolder) -> list[Path]:
+    """The pictures that were drawn last, and that no rewind has left behind."""
+    rows = [row for row in folder.read_history() if row["type"] == ImageRecord.type and not row["problem"]]
+    step = max((row["step"] for row in rows), default=0)
+    found = {folder.images(step) / Path(row["path"]).name for row in rows if row["step"] == step}
+    return sorted(path for path in found if path.exists() and path.with_suffix(".json").exists())
 
 
 def _licence(config: RunConfig) -> dict[str, str]:
@@ -137,11 +146,10 @@ def _strength(config: RunConfig) -> str:
 
 def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> str:
     o, data, history = config.optimizer, config.data, folder.read_history()
-    steps = max((row["step"] for row in history if row["type"] == "step"), default=0)
     evals = [row for row in history if row["type"] == "eval"]
     shift = config.flow_schedule_shift
     rows = [
-        f"{steps} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
+        f"{reached(history)} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
         f"{o.optimizer}, learning rate {o.learning_rate:g}, {o.lr_scheduler} with {o.lr_warmup_steps} updates of warm-up, gradients "
         f"limited to {o.max_grad_norm:g} by {o.grad_clip_method}",
         f"flow matching, shift {'by size' if shift is None else f'{shift:g}'}, caption dropout {data.caption_dropout_probability:.0%}, "
@@ -155,9 +163,10 @@ def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) ->
             f"loss on {evals[-1]['images']} held-out images: {evals[0]['loss']:.4f} at step {evals[0]['step']}, "
             f"{evals[-1]['loss']:.4f} at step {evals[-1]['step']}, least {best['loss']:.4f} at step {best['step']}"
         )
-    drawn = picture_folders(folder)
-    if drawn:
-        rows.append(f"pictures above: step {step_of(drawn[-1])}")
+    if drawn := newest_pictures(folder):
+        rows.append(f"pictures above: step {step_of(drawn[0].parent)}")
+    for change in changes(history):
+        rows.append(f"from step {change['step']} on: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in change["value"].items()))
     return "\n".join(f"* {row}" for row in rows) + "\n"
 
 

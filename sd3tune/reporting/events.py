@@ -15,6 +15,7 @@ from PIL import Image
 
 from sd3tune.config.hooks import LEVELS
 from sd3tune.config.schema import RunConfig
+from sd3tune.listing import at_its_end
 from sd3tune.records import (
     CheckpointRecord,
     CommandRecord,
@@ -100,6 +101,7 @@ class Events:
     def __init__(self, config: RunConfig, folder: RunFolder, *, total: int, updates_per_epoch: float) -> None:
         self._config, self._folder = config, folder
         self._total, self._per_epoch, self._seconds = total, updates_per_epoch, 0.0
+        self._written = False
 
     @property
     def job(self) -> str:
@@ -108,8 +110,8 @@ class Events:
 
     @property
     def done(self) -> bool:
-        """Whether the run has its adapter."""
-        return self._folder.lora.exists()
+        """Whether the run came to its end, and that was not said yet."""
+        return self._written and at_its_end(self._folder, self._folder.read_history())
 
     def of(self, record: Record) -> Iterator[Event]:
         """What a record has to say."""
@@ -141,7 +143,8 @@ class Events:
             yield from self._words(record)
 
     def complete(self) -> Event:
-        """The run has all its updates and its adapter."""
+        """The run has all its updates and its adapter; said once for each end."""
+        self._written = False
         return stage("training_complete", "Training", "completed", (self._total, self._total))
 
     def _status(self, record: StepRecord) -> Event:
@@ -181,6 +184,7 @@ class Events:
         label = "final adapter" if final else f"step {record.step}"
         yield Event(type="training.checkpoint", title=f"Saved {place}", data={"path": place, "label": label, "is_final": final})
         if final:
+            self._written = True
             yield stage("model_save", "Saving the adapter", "completed")
 
     def _words(self, record: Record) -> Iterator[Event]:

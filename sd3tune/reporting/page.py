@@ -18,6 +18,7 @@ from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.curves import curve_of
 from sd3tune.files import write_text
 from sd3tune.keeping import best_of
+from sd3tune.listing import at_its_end
 from sd3tune.models.clip import READING
 from sd3tune.reporting.cleaning import without_tokens
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
@@ -78,12 +79,12 @@ def page(folder: RunFolder) -> str:
     return without_tokens(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n')
 
 
-def summary(folder: RunFolder, config: RunConfig, history: Sequence[Mapping[str, Any]]) -> str:
+def summary(folder: RunFolder, config: RunConfig, history: list[dict[str, Any]]) -> str:
     """The run in one sentence."""
     steps = [row for row in history if row["type"] == "step"]
     evals = [row for row in history if row["type"] == "eval"]
     done = steps[-1]["step"] if steps else 0
-    said = [f"{'finished' if folder.lora.exists() else 'not finished'} after {done} updates"]
+    said = [f"{'finished' if at_its_end(folder, history) else 'not finished'} after {done} updates"]
     if losses := [row["loss"] for row in steps if row["loss"] is not None]:
         said.append(f"loss {losses[-1]:.4f}")
     if evals:

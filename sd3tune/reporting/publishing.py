@@ -11,12 +11,13 @@ from typing import Any
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError, ConfigError, ModelError
 from sd3tune.files import write_text
+from sd3tune.listing import as_set, at_its_end
 from sd3tune.models.hub import has_token
 from sd3tune.records import CheckpointRecord, Record
-from sd3tune.reporting.card import card
+from sd3tune.reporting.card import card, newest_pictures
 from sd3tune.reporting.cleaning import without_secrets
 from sd3tune.reporting.tail import RefusedError
-from sd3tune.run_folder import RunFolder, picture_folders
+from sd3tune.run_folder import RunFolder
 
 PAUSES = (2.0, 10.0, 30.0)
 """Seconds between two tries of an upload."""
@@ -98,15 +99,21 @@ class Publisher:
 
     def __init__(self, config: RunConfig, folder: RunFolder, api: Any = None, *, pauses: tuple[float, ...] = PAUSES) -> None:
         self._config, self._folder, self._api, self._pauses = config, folder, api or default_api(), pauses
+        self._written = False
 
     def wants(self, record: Record) -> bool:
-        """Checkpoints, if they are to be pushed; the final adapter is there at the end."""
-        wanted = self._config.reporting.push_checkpoints_to_hub
-        return wanted and isinstance(record, CheckpointRecord) and Path(record.path) != self._folder.lora
+        """Checkpoints, if they are to be pushed, and that the final adapter is there."""
+        return isinstance(record, CheckpointRecord) and (self._config.reporting.push_checkpoints_to_hub or self._is_final(record))
+
+    def _is_final(self, record: CheckpointRecord) -> bool:
+        return Path(record.path) == self._folder.lora
 
     def send(self, record: Record) -> None:
-        """Upload one checkpoint."""
+        """Upload one checkpoint; the final adapter follows at the end, with its card."""
         assert isinstance(record, CheckpointRecord)
+        if self._is_final(record):
+            self._written = True
+            return
         path = Path(record.path)
         name, hindrance = open_repository(self._config, self._api)
         if hindrance:
@@ -118,10 +125,11 @@ class Publisher:
 
     def finish(self) -> str:
         """Upload the adapter, if the run has come to its end; where it is now."""
-        if not self._folder.lora.exists():
+        if not self._written or not at_its_end(self._folder, self._folder.read_history()):
             return ""
+        self._written = False
         try:
-            return publish(self._folder, self._config, self._api, pauses=self._pauses)
+            return publish(self._folder, as_set(self._folder), self._api, pauses=self._pauses)
         except ConfigError as error:
             return f"{'; '.join(error.problems)}; then: sd3tune push {self._folder.path}"
 
@@ -141,6 +149,11 @@ def publish(folder: RunFolder, config: RunConfig, api: Any = None, *, pauses: tu
 
     if not folder.lora.exists():
         raise CheckpointError(f"{folder.path}: there is no lora.safetensors yet; the run has not come to its end")
+    if not at_its_end(folder, folder.read_history()):
+        raise CheckpointError(
+            f"{folder.path}: the run went on after lora.safetensors was written, and has not come to its end; finish it first: "
+            f"sd3tune train --resume {folder.path}"
+        )
     api, why = api or default_api(), ""
     write_card(folder, config)
     for pause in (*pauses, None):
@@ -165,5 +178,4 @@ def write_card(folder: RunFolder, config: RunConfig) -> None:
 def files_of(folder: RunFolder) -> dict[str, Path]:
     """What is uploaded: place in the repository -> file."""
     found = {path.name: path for path in (folder.card, folder.lora, folder.lora_ema, folder.grid) if path.exists()}
-    newest = picture_folders(folder)[-1:]
-    return found | {f"images/{path.name}": path for pictures in newest for path in sorted(pictures.glob("*.png"))}
+    return found | {f"images/{path.name}": path for path in newest_pictures(folder)}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sd3tune.config.hooks import hooks_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
+from sd3tune.listing import as_set
 from sd3tune.records import NoticeRecord, Record, WaitRecord
 from sd3tune.reporting.events import Events, FailureRecord
 from sd3tune.reporting.page import write_report
@@ -20,6 +21,9 @@ from sd3tune.run_folder import RunFolder
 
 POLL = 0.2
 """Seconds between two looks at what is still being sent."""
+
+LAST_WORDS = (NoticeRecord, WaitRecord, FailureRecord)
+"""What may be said after the end of a run without its going on."""
 
 TRACKERS = Patience(failures=3, limit=60)
 HUB = Patience(pauses=PAUSES, limit=3600)
@@ -59,8 +63,10 @@ class Reporters:
         return cls(folder, tails, notes)
 
     def take(self, record: Record) -> None:
-        """Hand a record on; returns at once."""
+        """Hand a record on; returns at once. What shows that the run goes on after an end opens what was closed then."""
         for tail in self._tails:
+            if not isinstance(record, LAST_WORDS):
+                tail.go_on()
             tail.take(record)
 
     def failed(self, step: int, error: BaseException) -> None:
@@ -75,7 +81,7 @@ class Reporters:
 
     def finish(self, step: int) -> Iterator[Record]:
         """Write the model card, wait for what is left, up to each consumer's limit, and write the report; losses come as notices."""
-        yield from self._written(step, "the model card", lambda: write_card(self._folder, RunConfig.load(self._folder.config)))
+        yield from self._written(step, "the model card", lambda: write_card(self._folder, as_set(self._folder)))
         for tail in self._tails:
             tail.stop()
         while not all(tail.ended for tail in self._tails):
@@ -83,9 +89,13 @@ class Reporters:
             yield WaitRecord(step=step, why="what is left is being sent")
         for said in self.news():
             yield NoticeRecord(step=step, text=said)
+        yield from self.report(step)
+
+    def report(self, step: int) -> Iterator[NoticeRecord]:
+        """Write the report of the run as it is now; why not is a notice."""
         yield from self._written(step, "the report", lambda: write_report(self._folder))
 
-    def _written(self, step: int, what: str, write: Callable[[], object]) -> Iterator[Record]:
+    def _written(self, step: int, what: str, write: Callable[[], object]) -> Iterator[NoticeRecord]:
         try:
             write()
         # The adapter is saved by now, and a page about it is no reason to end with a traceback.

@@ -86,6 +86,7 @@ class Tail:
         self._sending: Record | None = None
         self._lost = self._in_a_row = 0
         self._used = self._finished = False
+        self._turn = 0
         atexit.register(_close, weakref.ref(self))
 
     def take(self, record: Record) -> None:
@@ -113,6 +114,14 @@ class Tail:
                     self._drop(min(passing, key=rank_of))
                 self._wake()
 
+    def go_on(self) -> None:
+        """Take records again, if it was stopped: the run goes on, and will stop once more."""
+        with self._changed:
+            if self._deadline is not None:
+                self._deadline, self._finished, self._lost = None, False, 0
+                self._used = bool(self._waiting) or self._sending is not None
+                self._turn += 1
+
     @property
     def ended(self) -> bool:
         """Whether everything is done; after the limit, what is not done is given up and told."""
@@ -121,7 +130,7 @@ class Tail:
                 for record in (*([self._sending] if self._sending else ()), *self._waiting):
                     self._lose(record, "there was no time left")
                 self._waiting.clear()
-                self._finished = True
+                self._sending, self._finished = None, True
             return self._finished
 
     def close(self, limit: float | None = None) -> None:
@@ -177,23 +186,27 @@ class Tail:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._deadline is not None, IDLE)
-                if not self._waiting:
-                    if self._deadline is None:
-                        self._thread = None
-                        return
-                    break
-                record = self._sending = self._waiting.popleft()
-            why = "it was given up before" if self._given_up else self._delivered(record)
-            with self._changed:
-                if self._finished:
+                if self._finished or (not self._waiting and self._deadline is None):
+                    self._thread = None
                     return
-                self._sending = None
-                self._in_a_row = self._in_a_row + 1 if why else 0
-                if why:
-                    self._lose(record, why)
-                if why and self._in_a_row == self._patience.failures:
-                    self._news.append(f"{self._sender.name}: it failed {self._in_a_row} times in a row; nothing more is sent there")
-        self._end()
+                record = self._sending = self._waiting.popleft() if self._waiting else None
+                turn = self._turn
+            if record is None:
+                self._end(turn)
+            else:
+                self._bring(record)
+
+    def _bring(self, record: Record) -> None:
+        why = "it was given up before" if self._given_up else self._delivered(record)
+        with self._changed:
+            if self._sending is not record:
+                return  # it took so long that it was told as lost
+            self._sending = None
+            self._in_a_row = self._in_a_row + 1 if why else 0
+            if why:
+                self._lose(record, why)
+            if why and self._in_a_row == self._patience.failures:
+                self._news.append(f"{self._sender.name}: it failed {self._in_a_row} times in a row; nothing more is sent there")
 
     def _delivered(self, record: Record) -> str:
         """Try to send a record; why it is lost, if it is."""
@@ -211,7 +224,8 @@ class Tail:
 
     @property
     def _overdue(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        deadline = self._deadline  # the run may go on, and take it away
+        return deadline is not None and time.monotonic() >= deadline
 
     def _paused(self, seconds: float) -> bool:
         """Wait between two tries, shorter at the end of a run; whether there is time for another."""
@@ -222,7 +236,7 @@ class Tail:
                 self._changed.wait(left)
         return not self._overdue
 
-    def _end(self) -> None:
+    def _end(self, turn: int) -> None:
         said = ""
         if not self._given_up:
             try:
@@ -232,6 +246,8 @@ class Tail:
         with self._changed:
             if said:
                 self._news.append(f"{self._sender.name}: {said}")
+            if turn != self._turn:
+                return  # the run goes on, and what it tells from now on has an end of its own
             if self._lost > 1:
                 self._news.append(f"{self._sender.name}: {self._lost} records were not delivered in all; the history has them")
             self._finished = True

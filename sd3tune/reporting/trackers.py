@@ -15,13 +15,18 @@ from PIL import Image
 
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
-from sd3tune.files import write_text
+from sd3tune.files import digest, write_text
 from sd3tune.records import EvalRecord, ImageRecord, Record, ScoreRecord, SegmentRecord, StepRecord
 from sd3tune.reporting.cleaning import shareable
 from sd3tune.run_folder import RunFolder
 
 KINDS = ("tensorboard", "wandb", "trackio")
 PROJECT = "sd3tune"
+
+LONGEST = 60
+"""Characters of a prompt that name a picture."""
+
+WHOSE = {"base": " (base)", "ema": " (average)"}
 
 
 def kinds_of(config: RunConfig) -> tuple[str, ...]:
@@ -76,6 +81,8 @@ class Tracker:
         self._run = config.reporting.tracker_run_name or folder.path.name
         self._facts = {name: _plain(value) for name, value in shareable(config).items()}
         self._made: Any = None
+        self._from: int | None = None
+        self._last = 0
         self._seed = config.validation_seed
 
     def wants(self, record: Record) -> bool:
@@ -85,16 +92,22 @@ class Tracker:
     def send(self, record: Record) -> None:
         """Show a record; one that goes back in time hides what it replaces, where the tracker can."""
         if isinstance(record, SegmentRecord):
+            self._from = record.from_step + 1
             if self._made is not None and self.name == "tensorboard":
                 self.finish()
             return
-        self._start(record.step)
         if isinstance(record, ImageRecord) and record.problem:
             return
+        self._start()
         if isinstance(record, ImageRecord):
             self._show(record)
         else:
-            self._made.log(numbers_of(record), step=record.step)
+            self._made.log(numbers_of(record), step=self._place(record.step))
+
+    def _place(self, step: int) -> int:
+        """Where a step is shown: wandb drops what goes back, so there it stands at the last step that it had."""
+        self._last = max(self._last, step)
+        return self._last if self.name == "wandb" else step
 
     def finish(self) -> str:
         """Close the tracker."""
@@ -103,7 +116,7 @@ class Tracker:
             made.finish()
         return ""
 
-    def _start(self, step: int) -> None:
+    def _start(self) -> None:
         if self._made is not None:
             return
         from accelerate import tracking
@@ -111,7 +124,7 @@ class Tracker:
 
         PartialState()  # accelerate's own log asks for it; it knows processes and devices, and no precision
         if self.name == "tensorboard":
-            made = tracking.TensorBoardTracker(self.name, self._folder.path, purge_step=step)
+            made = tracking.TensorBoardTracker(self.name, self._folder.path, purge_step=self._from)
         elif self.name == "wandb":
             made = tracking.WandBTracker(
                 self._project, name=self._run, id=self._identity(), resume="allow", reinit="create_new", dir=str(self._folder.path),
@@ -121,25 +134,28 @@ class Tracker:
             made = tracking.TrackioTracker(self._project, name=self._run, resume="allow", config=self._facts)
         made.start()
         if self.name == "tensorboard":
-            made.log({"settings": "".join(f"    {name}: {value}\n" for name, value in self._facts.items())}, step=step)
+            made.log({"settings": "".join(f"    {name}: {value}\n" for name, value in self._facts.items())}, step=self._from or 0)
+        elif self.name == "wandb":
+            self._last = max(self._last, int(made.run.step))  # of a run that is resumed
         self._made = made
 
     def _show(self, record: ImageRecord) -> None:
         import numpy as np
 
-        ending = (f" seed {record.seed}" if record.seed != self._seed else "") + (" (average)" if record.kind == "ema" else "")
-        name = f"validation/{record.prompt[:60]} {record.width}x{record.height}{ending}"
+        name, said = f"validation/{title_of(record, self._seed)}", f"step {record.step}: {record.prompt}"
         with Image.open(record.path) as opened:
             picture_HWC = np.asarray(opened.convert("RGB"))
         if self.name == "tensorboard":
             self._made.log_images({name: picture_HWC[None]}, step=record.step, dataformats="NHWC")
             self._made.writer.flush()
         elif self.name == "wandb":
-            self._made.log_images({name: [picture_HWC]}, step=record.step)
+            import wandb
+
+            self._made.log({name: [wandb.Image(picture_HWC, caption=said)]}, step=self._place(record.step))
         else:
             import trackio
 
-            self._made.log({name: trackio.Image(picture_HWC, caption=record.prompt)}, step=record.step)
+            self._made.log({name: trackio.Image(picture_HWC, caption=said)}, step=record.step)
 
     def _identity(self) -> str:
         """Of this run folder and no other, so that a resumed run goes on in its own curve."""
@@ -147,6 +163,16 @@ class Tracker:
         if not known.exists():
             write_text(known, json.dumps({"id": uuid.uuid4().hex[:16]}) + "\n")
         return str(json.loads(known.read_text())["id"])
+
+
+def title_of(record: ImageRecord, seed: int) -> str:
+    """What a picture is called at every step, and no other picture of the step: what it shows, its size, and whose it is."""
+    named = record.name and record.name != record.prompt
+    shown = f"{record.name}: {record.prompt}" if named and record.prompt else record.name or record.prompt
+    if len(shown) > LONGEST:
+        shown = f"{shown[:LONGEST]} {digest(shown)[:6]}"
+    ending = f" seed {record.seed}" if record.seed != seed else ""
+    return f"{shown} {record.width}x{record.height}{ending}{WHOSE.get(record.kind, '')}"
 
 
 def numbers_of(record: Record) -> dict[str, float]:

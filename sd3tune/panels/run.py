@@ -60,7 +60,8 @@ class RunPanel(Panel):
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self.buttons = {name: button(said, lambda name=name: self.press(name), about) for name, (said, _, about) in BUTTONS.items()}  # type: ignore[misc]
         self.checkpoint: Any = tip(
-            widgets.Dropdown(options=[("no checkpoint", -1)], layout={"width": "150px", "max_width": "98%"}), "to rewind to"
+            widgets.Dropdown(options=[("no checkpoint", -1)], description="Checkpoint", layout={"width": "240px", "max_width": "98%"}),
+            "to rewind to",
         )
         self.price: Any = tip(
             widgets.FloatText(

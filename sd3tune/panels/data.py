@@ -12,6 +12,7 @@ from sd3tune.data import discover, overlay, plan
 from sd3tune.data.sheet import framed, histogram, sheet, table
 from sd3tune.errors import Sd3TuneError
 from sd3tune.files import write_text
+from sd3tune.models.tokens import Counter
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.folder import FolderForm
@@ -47,7 +48,7 @@ class DataPanel(Panel):
         self.picture: Any = widgets.Dropdown(options=[("none", -1)], description="Picture", layout={"width": "min(560px, 98%)"})
         self.shown: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="240px", height="auto", align_self="flex-start"))
         self.caption: Any = widgets.Textarea(description="Caption", continuous_update=True, rows=4, layout={"width": "min(560px, 98%)"})
-        self.counted, self.kept = widgets.HTML(), widgets.HTML()
+        self.counted, self.kept, self.counter = widgets.HTML(), widgets.HTML(), Counter()
         self.folder: Any = widgets.Text(value="captions", description="New folder", layout={"width": "min(360px, 98%)"})
         self.edits: dict[tuple[str, str], str] = {}
         """(data set, picture) -> a caption that was edited and is not saved yet."""
@@ -153,15 +154,13 @@ class DataPanel(Panel):
         self.say(f"{len(self.cuts)} captions are written into {folder.absolute()}.")
 
     def count(self) -> None:
-        """How many tokens each text encoder counts in the caption, and what it does not see of it."""
-        from sd3tune.models.tokens import count_tokens
-
+        """How many tokens each text encoder counts in each line, and what it does not see of it; from then on as one types."""
         try:
-            found = count_tokens(self.config, [self.caption.value])[0]
+            found = [self.counter.count(self.config, line) for line in self.caption.value.splitlines() or [""]]
         except Sd3TuneError as error:
             put(self.counted, sentence(str(error), bad=True))
             return
-        put(self.counted, sentence("; ".join(map(str, found))))
+        put(self.counted, sentence("\n".join("; ".join(map(str, line)) for line in found)))
 
     @staticmethod
     def _name(cut: Placement) -> str:
@@ -194,6 +193,8 @@ class DataPanel(Panel):
         self._tell()
 
     def _tell(self) -> None:
+        if self.counter.ready:
+            self.count()
         put(
             self.kept,
             sentence(
@@ -214,7 +215,7 @@ class DataPanel(Panel):
         captions = widgets.VBox(
             [
                 self.picture, row(self.shown, widgets.VBox([self.caption, row(
-                    button("Count tokens", self.count, "what each text encoder sees of this caption"),
+                    button("Count tokens", self.count, "what each text encoder sees of this caption; from then on, as you type"),
                     button("Save edits", self.save, "into a file beside the data sets' file; pictures' folders are never written to"),
                 ), self.counted, self.kept])),
                 row(self.folder, button("Export as .txt", self.export, "every caption as a file, into a new folder")),

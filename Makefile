@@ -52,7 +52,7 @@ $(COMPAT)/ready: $(READY)
 
 test-compat: $(COMPAT)/ready
 	$(COMPAT)/bin/python -c 'import ipykernel, ipywidgets; print("ipywidgets", ipywidgets.__version__, "ipykernel", ipykernel.__version__); assert ipywidgets.__version__ == "7.7.1" and ipykernel.__version__ < "7"'
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m pytest tests/test_forms.py tests/test_panel.py tests/test_red.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m pytest -m "not full" tests/test_forms.py tests/test_panel.py tests/test_red.py tests/test_studio.py
 	PYTHONPATH=$(CURDIR) $(COMPAT)/bin/python -m pytest --nbmake --nbmake-timeout=300 notebooks/04_the_panel.ipynb notebooks/01_first_lora.ipynb notebooks/08_when_it_goes_wrong.ipynb
 
 test-browser: $(READY)

@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ def doctor(config: RunConfig | None = None) -> Report:
     """Look at this machine, and at what a configuration asks of it."""
     from sd3tune.models import capabilities
 
-    rows = [*_machine(), *_disks(config), *_tools()]
+    rows = [*_machine(), *_libraries(), *_disks(config), *_tools()]
     known = capabilities.probe()
     rows += [Finding("ok" if not why else "note", name, "works here" if not why else f"does not: {why}") for name, why in known.items()]
     if config is not None:
@@ -83,6 +84,35 @@ def _machine() -> Iterator[Finding]:
         yield Finding("note", "GPU", f"none that torch can use; this runs on {device.type}, which is enough for the playground alone")
     memory = psutil.virtual_memory()
     yield Finding("ok", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB available")
+
+
+LIBRARIES = ("diffusers", "transformers", "peft", "ipykernel", "ipywidgets")
+
+
+def _libraries() -> Iterator[Finding]:
+    """What loads models and adapters, and what shows panels."""
+    for name in LIBRARIES:
+        try:
+            yield Finding("ok", name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Finding("note", name, "not installed; notebooks need it: pip install 'sd3tune[notebook]'")
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    yield front_end(hasattr(shell, "kernel"), os.environ, sys.modules)
+
+
+def front_end(kernel: bool, environment: Mapping[str, str], modules: Collection[str]) -> Finding:
+    """Where panels are seen, as far as a kernel can tell, and what that means for them."""
+    if not kernel:
+        return Finding("ok", "front end", "none: this Python is no notebook's; panels are for notebooks, everything else works here")
+    if "google.colab" in modules:
+        return Finding("note", "front end", "Colab, which shows no changes in the background; run panel.watch() to see the run")
+    if "KAGGLE_KERNEL_RUN_TYPE" in environment:
+        return Finding("ok", "front end", "Kaggle")
+    if page := environment.get("JPY_SESSION_NAME"):
+        return Finding("ok", "front end", f"a Jupyter server's, on {Path(page).name}")
+    if "VSCODE_PID" in environment:
+        return Finding("ok", "front end", "VS Code; run panel.watch() if a panel stands still")
+    return Finding("ok", "front end", "a notebook's, of which the kernel cannot tell more; run panel.watch() if a panel stands still")
 
 
 def _memory(config: RunConfig) -> Iterator[Finding]:

@@ -80,7 +80,22 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    for what in ("Python", "torch", "GPU", "memory", "models", "cache", "runs", *FORMATS, *PRECISIONS):
+    for what in (
+        "Python",
+        "torch",
+        "diffusers",
+        "peft",
+        "ipykernel",
+        "ipywidgets",
+        "front end",
+        "GPU",
+        "memory",
+        "models",
+        "cache",
+        "runs",
+        *FORMATS,
+        *PRECISIONS,
+    ):
         assert f" {what} " in said
     assert "fp8-quanto does not: no kernel" in said
     (tmp_path / "run.yaml").write_text("model_flavour: sd35-medium\nbase_model_precision: fp8-quanto\n")
@@ -92,6 +107,25 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert "ok    token      there is one" in said
     assert "hf_secret" not in said
     assert "playground, which comes with the package" in str(st.doctor(st.presets.playground()))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "environment", "modules", "state", "says"),
+    [
+        (False, {"JPY_SESSION_NAME": "/home/a.ipynb"}, {"google.colab"}, "ok", "none: this Python is no notebook's"),
+        (True, {"JPY_SESSION_NAME": "/content/a.ipynb"}, {"google.colab"}, "note", "Colab, which shows no changes in the background"),
+        (True, {"JPY_SESSION_NAME": "/home/me/pots.ipynb", "VSCODE_PID": "7"}, set(), "ok", "a Jupyter server's, on pots.ipynb"),
+        (True, {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, set(), "ok", "Kaggle"),
+        (True, {"VSCODE_PID": "7"}, set(), "ok", "VS Code; run panel.watch() if"),
+        (True, {}, set(), "ok", "a notebook's, of which the kernel cannot tell more"),
+    ],
+)  # fmt: skip
+def test_the_front_end_is_told_by_what_it_leaves(
+    kernel: bool, environment: dict[str, str], modules: set[str], state: str, says: str
+) -> None:
+    found = checkup.front_end(kernel, environment, modules)
+    assert (found.state, found.what) == (state, "front end")
+    assert found.text.startswith(says)
 
 
 # --- made-up machines ------------------------------------------------------------------------------------------------

@@ -143,6 +143,23 @@ def test_panels_of_settings_share_a_draft_and_presets_keep_where_files_go() -> N
     assert learning.preset.disabled
 
 
+def test_how_noise_levels_are_drawn_and_sizes_stepped_is_asked_and_two_ways_at_once_are_refused() -> None:
+    draft = Draft(presets.playground())
+    learning = LearningPanel(draft)
+    learning.fields["flow_use_uniform_schedule"].value = True
+    learning.fields["flow_sigmoid_scale"].value = 1.5
+    learning.fields["aspect_bucket_alignment"].value = 32
+    noise = draft.config.noise
+    assert (noise.flow_use_uniform_schedule, noise.flow_sigmoid_scale, draft.config.data.aspect_bucket_alignment) == (True, 1.5, 32)
+    learning.fields["flow_use_beta_schedule"].value = True
+    said = "".join(error.value for form in learning.forms for error in form.errors.values())
+    assert "flow_use_beta_schedule" in said
+    assert not draft.config.noise.flow_use_beta_schedule
+    draft.live = True
+    assert learning.fields["gradient_accumulation_steps"].disabled
+    assert "fixed for a run" in fields.hint("gradient_accumulation_steps")
+
+
 def st_slg() -> dict[str, Any]:
     from sd3tune.panels.settings import SLG_MEDIUM
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -410,6 +412,39 @@ def test_status_says_state_step_loss_rate_time_money_and_memory() -> None:
     assert showing.status(now) == said
     assert "0.03 to pay until then" in showing.status(now, 2.0)  # 51.8 s at 2 an hour
     assert 'aria-valuenow="41"' in showing.bar(now)
+
+
+def test_money_that_was_spent_is_said_beside_what_is_to_pay_and_after_the_end() -> None:
+    """A machine at 36 an hour costs 0.01 a second."""
+    now = Snapshot(
+        state="training", step=140, began_at=100, total_steps=300, count=40, seconds_per_update=1.0, seconds_per_update_in_all=2.0
+    )
+    assert "about 0.80 spent, 3.20 to pay until then" in showing.status(now, 36.0)  # 40 updates of this process, 160 to come
+    assert "spent" not in showing.status(now)
+    assert showing.status(dataclasses.replace(now, state="stopped"), 36.0) == "stopped · step 140/300 · about 0.80 spent"
+
+
+def test_rates_norms_and_noise_levels_are_said_in_a_sentence_beside_their_charts() -> None:
+    from test_runner import step_record
+
+    gauges = Gauges()
+    for step, rate in ((1, 5e-4), (2, 1e-3), (3, 2e-4)):
+        seen = gauges.take(step_record(step, rate, loss=0.6))
+    now = Snapshot(state="training", step=3, total_steps=9, noise_levels=(1, 1, 2, 2, 2, 2, 4, 4, 1, 1), **seen)
+    beside = re.sub("<svg.*?</svg>", "", showing.other_curves(now), flags=re.S)
+    norm = seen["grad_norms"].latest[1]
+    assert f"The learning rate is 0.0002, of 0.0002 to 0.001 so far. The gradient norm before clipping is {norm:.3g}." in beside
+    beside = re.sub("<svg.*?</svg>", "", showing.levels(now), flags=re.S)
+    assert "Noise levels drawn: 20% below 0.3, near the picture; 50% between; 30% above 0.7, near noise." in beside
+    assert showing.levels(Snapshot(noise_levels=(0,) * 10)) == ""
+
+
+def test_the_report_in_the_notebook_says_seed_and_versions(tmp_path: Path) -> None:
+    (tmp_path / "environment.txt").write_text("# Python 3.11.2, Linux\nnumpy==2.0\npeft==0.17.1\ntorch==2.8.0\n")
+    said = record.report(Snapshot(state="finished", folder=str(tmp_path), config=presets.playground(seed=1234)))
+    assert "<summary>Seed and versions</summary>" in said
+    assert "seed 1234\nPython 3.11.2, Linux\npeft==0.17.1\ntorch==2.8.0<" in said
+    assert "Seed and versions" not in record.report(Snapshot(state="finished"))
 
 
 def test_captions_prompts_and_log_are_escaped() -> None:

@@ -233,7 +233,7 @@ TAKEN_UP = row("segment", 4, from_step=4, parent=0, why="resume")
         ([*UPDATES, SAVED, FINAL, LONGER, row("step", 5), row("step", 6), {**FINAL, "step": 6}], True),
     ],
 )  # fmt: skip
-def test_a_run_is_finished_where_its_adapter_was_written_and_nothing_is_left(tmp_path: Path, lines: list[dict[str, Any]], ended: bool) -> None:
+def test_a_run_has_finished_where_its_adapter_was_written_at_its_end(tmp_path: Path, lines: list[dict[str, Any]], ended: bool) -> None:
     """Of four updates: made longer, taken up before that was saved, rewound, gone on. Page, list and opened run agree."""
     made = RunFolder.create(tmp_path / "pots")
     st.presets.playground().save(made.config)

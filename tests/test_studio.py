@@ -496,6 +496,42 @@ def test_the_data_panel_says_what_is_wrong(bench: Workbench, tmp_path: Path) -> 
     assert panel.plan is None
 
 
+def test_tokens_are_counted_as_one_types_once_they_were_asked_for(bench: Workbench) -> None:
+    panel = DataPanel(bench.config(), bench.datasets)
+    panel.look()
+    panel.caption.value = "a lamp"
+    assert panel.counted.value == "", "no tokenizer is loaded before somebody asks"
+    panel.count()
+    two = panel.counted.value
+    panel.caption.value = "a lamp beside a very long and very wide table"
+    more = panel.counted.value
+    assert [int(one) for one in re.findall(r"of (\d+) tokens", more)] > [int(one) for one in re.findall(r"of (\d+) tokens", two)]
+    panel.caption.value = "a lamp\na lamp beside a very long and very wide table"
+    assert re.findall(r"of (\d+) tokens", panel.counted.value) == re.findall(r"of (\d+) tokens", two + more)
+    panel.picture.value = 1
+    panel.caption.value = "a lamp"
+    assert panel.counted.value == two
+
+
+def test_a_folder_is_described_with_its_repeats_and_mirrored(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    panel = DataPanel(bench.config(), shutil.copytree(bench.datasets.parent / "train", tmp_path / "pots"))
+    panel.look()
+    form = panel.folder_form
+    form.write()
+    (plain,) = st.discover(panel.source.value).datasets
+    assert (plain.repeats, plain.flip) == (0, "none")
+    panel.source.value = str(tmp_path / "pots")
+    form.repeats.value, form.flip.value = 2, True
+    form.write()
+    (told,) = st.discover(panel.source.value).datasets
+    assert (told.repeats, told.flip) == (2, "horizontal")
+    panel.source.value = str(tmp_path / "pots")
+    form.repeats.value = -1
+    form.write()
+    assert "repeats" in form.note.value
+
+
 def test_a_folder_alone_is_described_and_its_missing_captions_are_written_in_the_panel(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,7 @@ def entry_of(answers: Answers, pictures: Pictures | None) -> dict[str, Any]:
     found["resolution"] = answers.get("resolution", 1024)
     found["resolution_type"] = "pixel_area"
     found |= CROPS[answers.get("crop", "keep")]
-    found |= {name: answers[name] for name in ("repeats", "eval_share") if answers.get(name)}
+    found |= {name: answers[name] for name in ("repeats", "eval_share", "flip") if answers.get(name)}
     return found
 
 

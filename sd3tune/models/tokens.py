@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
+from sd3tune.config.sections import Model
 from sd3tune.models.components import TEXT_NAMES
 from sd3tune.models.encoders import tokenizers
 
@@ -26,6 +27,26 @@ class Tokens:
     def __str__(self) -> str:
         lost = self.lost if len(self.lost) <= SAID else self.lost[:SAID] + "…"
         return f"{self.encoder} {min(self.count, self.limit)} of {self.count} tokens" + (f', without "{lost}"' if self.lost else "")
+
+
+class Counter:
+    """Counts while a person types: the tokenizers of a model are loaded once."""
+
+    def __init__(self) -> None:
+        self._model: Model | None = None
+        self._pairs: list[tuple[Any, int]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether counting loads nothing, as long as the model stays the same."""
+        return self._model is not None
+
+    def count(self, config: RunConfig, text: str) -> tuple[Tokens, ...]:
+        """What the three encoders see of a text. Raises: ModelError when a tokenizer cannot be loaded."""
+        if self._model != config.model:
+            self._model, self._pairs = None, tokenizers(config)
+            self._model = config.model
+        return tuple(tokens_of(name, one, limit, text) for name, (one, limit) in zip(TEXT_NAMES, self._pairs, strict=True))
 
 
 def count_tokens(config: RunConfig, texts: Sequence[str]) -> list[tuple[Tokens, ...]]:

@@ -14,6 +14,7 @@ from sd3tune.data.captions import clean
 from sd3tune.data.sheet import framed, histogram, sheet, table
 from sd3tune.errors import Sd3TuneError
 from sd3tune.files import write_text
+from sd3tune.models.tokens import Counter
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.folder import FolderForm
@@ -55,7 +56,7 @@ class DataPanel(Panel):
         self.picture: Any = widgets.Dropdown(options=[("none", -1)], description="Picture", layout={"width": "min(560px, 98%)"})
         self.shown: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="240px", height="auto", align_self="flex-start"))
         self.caption: Any = widgets.Textarea(description="Caption", continuous_update=True, rows=4, layout={"width": "min(560px, 98%)"})
-        self.counted, self.kept = widgets.HTML(), widgets.HTML()
+        self.counted, self.kept, self.counter = widgets.HTML(), widgets.HTML(), Counter()
         self.folder: Any = widgets.Text(value="captions", description="New folder", layout={"width": "min(360px, 98%)"})
         self.edits: dict[tuple[str, str], str] = {}
         """(data set, picture) -> its captions, one a line, that were edited and are not saved yet."""
@@ -171,15 +172,13 @@ class DataPanel(Panel):
         self.say(f"The captions of {len(self.cuts)} pictures are written into {folder.absolute()}.")
 
     def count(self) -> None:
-        """How many tokens each text encoder counts in each caption, and what it does not see of it."""
-        from sd3tune.models.tokens import count_tokens
-
+        """How many tokens each text encoder counts in each caption, and what it does not see of it; from then on as one types."""
         try:
-            found = count_tokens(self.config, [line for line in self.caption.value.splitlines() if line.strip()] or [""])
+            found = [self.counter.count(self.config, line) for line in self.caption.value.splitlines() if line.strip()]
         except Sd3TuneError as error:
             put(self.counted, sentence(str(error), bad=True))
             return
-        put(self.counted, sentence("\n".join("; ".join(map(str, one)) for one in found)))
+        put(self.counted, sentence("\n".join("; ".join(map(str, line)) for line in found)))
 
     @staticmethod
     def _name(cut: Placement) -> str:
@@ -218,6 +217,8 @@ class DataPanel(Panel):
         self._tell()
 
     def _tell(self) -> None:
+        if self.counter.ready:
+            self.count()
         edited = f"{len(self.edits)} captions are edited and not saved yet." if self.edits else "All captions are as they are on the disk."
         count = len(self._lines(self.cuts[self.picture.value].item.dataset.id, self.caption.value))
         several = f"{count} captions, one a line: each time the picture is seen, one of them is drawn. " if count > 1 else ""
@@ -236,7 +237,7 @@ class DataPanel(Panel):
         captions = widgets.VBox(
             [
                 self.picture, row(self.shown, widgets.VBox([self.caption, row(
-                    button("Count tokens", self.count, "what each text encoder sees of this caption"),
+                    button("Count tokens", self.count, "what each text encoder sees of this caption; from then on, as you type"),
                     button("Save edits", self.save, "into a file beside the data sets' file; pictures' folders are never written to"),
                     button("Undo edits", self.undo, "forget what was edited and not saved"),
                 ), self.counted, self.kept])),

@@ -37,10 +37,17 @@ class FolderForm:
             widgets.FloatText(value=0.1, step=0.05, description="Held out", layout=NARROW),
             "share of the pictures, from 0 to 0.9, that is never trained on: it shows whether the adapter learns or remembers",
         )
+        self.repeats: Any = tip(
+            widgets.IntText(value=0, description="Repeats", layout=NARROW), "extra passes in each epoch: 1 shows every picture twice"
+        )
+        self.flip: Any = tip(
+            widgets.Checkbox(value=False, indent=False, description="Also mirrored", layout=NARROW), "each picture is also seen mirrored"
+        )
         self.said, self.note = widgets.HTML(), widgets.HTML()
         written = button("Write it down", self.write, "a datasets.yaml for this folder, where this notebook runs")
         self.widget: Any = widgets.VBox(
-            [self.said, row(self.captions, self.words), row(self.side, self.share, written), self.note], layout={"width": "100%"}
+            [self.said, row(self.captions, self.words), row(self.side, self.share, self.repeats, self.flip, written), self.note],
+            layout={"width": "100%"},
         )
         visible(self.widget, False)
 
@@ -61,7 +68,7 @@ class FolderForm:
         assert self._found is not None, "the form is shown for a folder"
         answers = {
             "caption_strategy": self.captions.value, "instance_prompt": self.words.value.strip(), "resolution": self.side.value,
-            "eval_share": self.share.value,
+            "eval_share": self.share.value, "repeats": self.repeats.value, "flip": "horizontal" if self.flip.value else "",
         }  # fmt: skip
         try:
             dataset = outcome.dataset_from(answers, self._found)

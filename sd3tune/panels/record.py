@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd3tune.certificate import PACKAGES
 from sd3tune.files import digest
 from sd3tune.panels import showing
 from sd3tune.panels.looks import SMALL, folded, sentence
@@ -24,9 +25,21 @@ def report(now: Snapshot, code: str = "", changed: str = "") -> str:
         sentence(showing.status(now), bad=now.state == "failed"),
         f'<div style="max-width:760px">{showing.main_curve(now)}{showing.other_curves(now)}</div>' if now.count else "",
         showing.spoken(now), showing.changes(now), scrubber(Path(now.folder)) if now.folder else "",
-        folded("What differs from where it began", changed), folded("The code that does this again", code), showing.log(now),
+        folded("What differs from where it began", changed), folded("The code that does this again", code),
+        folded("Seed and versions", certified(now)), showing.log(now),
     ]  # fmt: skip
     return f'<div style="max-width:1100px">{"".join(parts)}</div>'
+
+
+def certified(now: Snapshot) -> str:
+    """What the same bits need beside settings and data."""
+    environment = RunFolder(Path(now.folder)).environment
+    if not now.folder or now.config is None or not environment.exists():
+        return ""
+    first, *rows = environment.read_text().splitlines()
+    return "\n".join(
+        [f"seed {now.config.schedule.seed}", first.removeprefix("# "), *(row for row in rows if row.partition("==")[0] in PACKAGES)]
+    )
 
 
 def scrubber(path: Path) -> str:

@@ -77,8 +77,12 @@ class LearningPanel(SettingsPanel):
         ("learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "max_grad_norm", "max_train_steps", "num_train_epochs", "seed"),
         ("lora_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "use_dora", "use_ema", "init_lora"),
         (
-            "train_batch_size", "gradient_accumulation_steps", "caption_dropout_probability", "flow_schedule_shift",
-            "flow_schedule_auto_shift", "checkpoint_step_interval", "checkpoint_minutes", "output_dir",
+            "train_batch_size", "gradient_accumulation_steps", "aspect_bucket_alignment", "caption_dropout_probability",
+            "checkpoint_step_interval", "checkpoint_minutes", "output_dir",
+        ),
+        (
+            "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule", "flow_use_beta_schedule",
+            "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
         ),
     )  # fmt: skip
 

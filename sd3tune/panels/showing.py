@@ -24,6 +24,8 @@ def status(now: Snapshot, price: float = 0.0) -> str:
         parts.append(f"learning rate {now.learning_rate:.3g}")
     if now.live:
         parts += [*filter(None, (time_left(now), cost(now, price)))]
+    elif price > 0 and now.count:
+        parts.append(f"about {spent(now, price):.2f} spent")
     if now.peak_memory_bytes:
         of = f" of {size_in_words(now.total_memory_bytes)}" if now.total_memory_bytes else ""
         parts.append(f"memory {size_in_words(now.peak_memory_bytes)}{of}")
@@ -40,9 +42,14 @@ def time_left(now: Snapshot) -> str:
 
 
 def cost(now: Snapshot, price: float) -> str:
-    """What the machine still costs until the end, at a price per hour."""
+    """What the machine has cost since the first update, and what it still costs until the end, at a price per hour."""
     left = max(now.seconds_left or 0.0, now.most_seconds_left or 0.0)
-    return f"{left / 3600 * price:.2f} to pay until then" if price > 0 and left else ""
+    return f"about {spent(now, price):.2f} spent, {left / 3600 * price:.2f} to pay until then" if price > 0 and left else ""
+
+
+def spent(now: Snapshot, price: float) -> float:
+    """What the machine has cost from the first update of this process to the newest, at a price per hour."""
+    return (now.seconds_per_update_in_all or 0.0) * max(0, now.step - now.began_at) / 3600 * price
 
 
 def bar(now: Snapshot) -> str:
@@ -69,12 +76,27 @@ def other_curves(now: Snapshot) -> str:
     bands = {f"{k * BAND:g} to {(k + 1) * BAND:g}": one for k, one in enumerate(now.bands)}
     shown: dict[str, Curve | Mapping[str, Curve]] = {"learning rate": now.rates, "gradient norm, before clipping": now.grad_norms}
     shown["loss by noise level"] = bands
-    return charts.strip(shown, total=now.total_steps, marks=[step for step, _ in now.changes], exact=("learning rate",))
+    drawn = charts.strip(shown, total=now.total_steps, marks=[step for step, _ in now.changes], exact=("learning rate",))
+    return drawn + sentence(
+        " ".join(filter(None, (ranged("learning rate", now.rates), ranged("gradient norm before clipping", now.grad_norms))))
+    )
+
+
+def ranged(name: str, curve: Curve) -> str:
+    """A curve in a sentence: its newest value, and between which two all lie."""
+    if curve.latest is None or not curve.stretches:
+        return ""
+    least, most = min(one.low for one in curve.stretches), max(one.high for one in curve.stretches)
+    return f"The {name} is {curve.latest[1]:.3g}" + (f", of {least:.3g} to {most:.3g} so far." if least < most else ".")
 
 
 def levels(now: Snapshot) -> str:
     """The noise levels that are drawn."""
-    return charts.levels(now.noise_levels) if now.noise_levels else ""
+    if not sum(now.noise_levels):
+        return ""
+    third = [sum(now.noise_levels[a:b]) / sum(now.noise_levels) for a, b in ((0, 3), (3, 7), (7, 10))]
+    said = f"Noise levels drawn: {third[0]:.0%} below 0.3, near the picture; {third[1]:.0%} between; {third[2]:.0%} above 0.7, near noise."
+    return charts.levels(now.noise_levels) + sentence(said)
 
 
 def words(now: Snapshot) -> str:

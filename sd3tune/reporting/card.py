@@ -10,7 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from sd3tune.config.schema import RunConfig
-from sd3tune.history import changes, reached
+from sd3tune.history import accepted, reached
 from sd3tune.models.components import base_name
 from sd3tune.records import ImageRecord
 from sd3tune.reporting.cleaning import shareable, without_places, without_tokens
@@ -147,9 +147,9 @@ def _strength(config: RunConfig) -> str:
 def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) -> str:
     o, data, history = config.optimizer, config.data, folder.read_history()
     evals = [row for row in history if row["type"] == "eval"]
-    shift = config.flow_schedule_shift
+    shift, done = config.flow_schedule_shift, reached(history)
     rows = [
-        f"{reached(history)} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
+        f"{done} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
         f"{o.optimizer}, learning rate {o.learning_rate:g}, {o.lr_scheduler} with {o.lr_warmup_steps} updates of warm-up, gradients "
         f"limited to {o.max_grad_norm:g} by {o.grad_clip_method}",
         f"flow matching, shift {'by size' if shift is None else f'{shift:g}'}, caption dropout {data.caption_dropout_probability:.0%}, "
@@ -165,8 +165,9 @@ def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) ->
         )
     if drawn := newest_pictures(folder):
         rows.append(f"pictures above: step {step_of(drawn[0].parent)}")
-    for change in changes(history):
-        rows.append(f"from step {change['step']} on: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in change["value"].items()))
+    for row in history:
+        if changed := accepted(row):
+            rows.append(f"from step {row['step']} on: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in changed.items()))
     return "\n".join(f"* {row}" for row in rows) + "\n"
 
 

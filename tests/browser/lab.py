@@ -163,15 +163,42 @@ def write_notebook(path: Path, *cells: str) -> Path:
     return path
 
 
-UNNAMED = """() => {
-  const named = one => {
-    const label = one.getAttribute('aria-label') || one.title || one.innerText || one.placeholder;
-    const by = (one.getAttribute('aria-labelledby') || '').split(' ').map(id => document.getElementById(id)?.innerText).join('');
-    const of = one.id ? document.querySelector(`label[for="${CSS.escape(one.id)}"]`)?.innerText : '';
-    return (label || by || of || one.closest('label')?.innerText || '').trim();
-  };
-  const asked = 'button, input, select, textarea, summary, [role=slider], [role=tab], [role=img], [role=progressbar]';
-  const found = [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(one => [...one.querySelectorAll(asked)]);
-  return {count: found.length, unnamed: found.filter(one => !named(one)).map(one => one.outerHTML.slice(0, 160))};
-}"""
-"""Controls of the outputs, and those that screen readers have no name for."""
+CONTROLS = {
+    "button", "checkbox", "combobox", "DisclosureTriangle", "figure", "image", "link", "listbox", "menuitem", "progressbar", "radio",
+    "searchbox", "slider", "spinbutton", "switch", "tab", "textbox",
+}  # fmt: skip
+"""Roles that mean nothing to those who hear them without a name; a figure may have its caption inside."""
+
+
+def controls(page: Page) -> list[tuple[str, str, str]]:
+    """(role, name, HTML) of each control that the outputs show, as the browser tells them to screen readers."""
+    session = page.context.new_cdp_session(page)
+    root = session.send("DOM.getDocument")["root"]["nodeId"]
+    outputs = session.send("DOM.querySelectorAll", {"nodeId": root, "selector": ".jp-OutputArea-output"})["nodeIds"]
+    found = []
+    for output in outputs:
+        for node in session.send("Accessibility.queryAXTree", {"nodeId": output})["nodes"]:
+            if not node["ignored"] and node["role"]["value"] in CONTROLS:
+                html = session.send("DOM.getOuterHTML", {"backendNodeId": node["backendDOMNodeId"]})["outerHTML"]
+                found.append((node["role"]["value"], node.get("name", {}).get("value", "").strip(), html[:160]))
+    session.detach()
+    return found
+
+
+def unnamed(page: Page) -> list[tuple[str, str, str]]:
+    """The controls that screen readers have no name for."""
+    return [one for one in controls(page) if not one[1]]
+
+
+TOO_WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(out => {
+  const inside = [...out.querySelectorAll('*')].filter(one => one.clientWidth && !one.closest('table, pre'));
+  const beyond = inside.filter(one => one.getBoundingClientRect().right > out.getBoundingClientRect().right + 2);
+  return [...(out.scrollWidth > out.clientWidth + 2 ? [out] : []), ...beyond].map(one => one.outerHTML.slice(0, 160));
+})"""
+"""What sticks out of its output to the right, also where a box hides it; tables and logs scroll by themselves."""
+
+
+def too_wide(page: Page) -> list[str]:
+    """What a person would have to scroll to the right for."""
+    found: list[str] = page.evaluate(TOO_WIDE)
+    return found

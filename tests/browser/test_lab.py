@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("playwright", reason="pip install playwright (make test-browser does)")
 
-from lab import CHROMIUM, PATIENCE, UNNAMED, Lab, browser, server, write_notebook
+from lab import CHROMIUM, PATIENCE, Lab, browser, controls, server, too_wide, unnamed, write_notebook
+from playwright.sync_api import BrowserContext
 
 ROOT = Path(__file__).parents[2]
 CELLS = (
@@ -34,21 +35,33 @@ data = {str(ROOT / "datasets.yaml")!r}""",
     "studio = panels.Studio(config, data=data)\nstudio.data.look()\nstudio",
 )
 
-TOO_WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(out => [...out.querySelectorAll('*')].filter(
-  one => one.clientWidth && one.getBoundingClientRect().right > out.getBoundingClientRect().right + 2
-).map(one => one.outerHTML.slice(0, 120)))"""
-"""What sticks out of its output to the right."""
+TABS = ("Machine", "Model", "Data", "Training", "Validation", "Grid lab", "Compare", "Export")
+
+FAULTS = """<div class="jp-OutputArea-output" style="width:300px;overflow:hidden">
+<select id="bare"><option>step 4</option><option>step 8</option></select>
+<label for="told">Checkpoint</label><select id="told"><option>step 4</option></select>
+<button></button><button>Start</button><svg role="img"></svg><img alt="lock" src="data:,"><input type="radio" aria-label="step 4">
+<div style="overflow:auto"><div id="wide" style="width:400px">hidden by its box</div></div>
+<div style="overflow:auto"><table><tr><td><div style="width:400px">scrolls</div></td></tr></table></div>
+</div>"""
+"""A page with a choice that nobody named, although it has words inside, and something too wide that a box hides."""
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not there: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def chromium() -> Iterator[BrowserContext]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, chromium: BrowserContext) -> Iterator[Lab]:
     """The notebook, opened, with its first two cells run."""
     folder = tmp_path_factory.mktemp("browser")
     notebook = write_notebook(folder / "panel.ipynb", *CELLS)
-    with server(folder) as address, browser() as opened:
-        one = Lab(opened.new_page(), address, notebook)
+    with server(folder) as address:
+        one = Lab(chromium.new_page(), address, notebook)
         one.open()
         one.run(0)
         one.run(1)
@@ -66,6 +79,17 @@ def told(lab: Lab) -> list[dict[str, object]]:
     folder = max(lab.notebook.parent.glob("runs/browser*"), key=lambda path: path.stat().st_mtime)
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [row["value"] for row in rows if row["type"] == "command" and row["name"] == "set" and not row["refused"]]
+
+
+def test_what_the_looks_at_a_page_find(chromium: BrowserContext) -> None:
+    page = chromium.new_page()
+    page.set_content(FAULTS)
+    assert [html[:12] for _, _, html in unnamed(page)] == ['<select id="', "<button></bu", '<svg role="i']
+    assert [one[:2] for one in controls(page) if one[1]] == [
+        ("combobox", "Checkpoint"), ("button", "Start"), ("image", "lock"), ("radio", "step 4"),
+    ]  # fmt: skip
+    assert [html.partition(" style")[0] for html in too_wide(page)] == ['<div id="wide"']
+    page.close()
 
 
 def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> None:
@@ -124,9 +148,10 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
 
     lab.select(1)
     lab.button("Pause").evaluate("one => one.scrollIntoView({block: 'center'})")
-    found = page.evaluate(UNNAMED)
-    assert found["count"] > 20
-    assert not found["unnamed"], found["unnamed"]
+    found = controls(page)
+    assert len(found) > 20
+    assert ("combobox", "Checkpoint") in [one[:2] for one in found]
+    assert not unnamed(page)
     shoot(lab, "light")
     lab.do("apputils:change-theme", theme="JupyterLab Dark")
     page.wait_for_timeout(2000)
@@ -136,10 +161,7 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     page.set_viewport_size({"width": 520, "height": 1400})
     page.wait_for_timeout(1500)
     shoot(lab, "narrow")
-    wide = page.evaluate(
-        "() => [...document.querySelectorAll('.jp-OutputArea-output')].filter(o => o.scrollWidth > o.clientWidth + 2).length"
-    )
-    assert wide == 0, f"{wide} outputs are wider than a page of 520 px"
+    assert not too_wide(page)
     page.set_viewport_size({"width": 1280, "height": 1400})
     lab.do("application:toggle-left-area")
 
@@ -162,17 +184,24 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     assert not lab.own_errors, lab.own_errors
 
 
-def test_every_control_of_the_studio_has_a_name_in_each_tab(lab: Lab) -> None:
+def test_every_control_of_the_studio_has_a_name_in_each_tab_and_520_px_are_enough(lab: Lab) -> None:
     """In a notebook with a page and a kernel of its own; each tab is opened."""
     other = Lab(lab.page.context.new_page(), lab.address, write_notebook(lab.notebook.parent / "studio.ipynb", CELLS[0], CELLS[5]))
     other.open()
     other.run(0)
     other.run(1)
     page = other.page
-    for name in ("Machine", "Model", "Data", "Training", "Validation", "Grid lab", "Compare", "Export"):
+    other.do("application:toggle-left-area")
+    for name in TABS:
         page.get_by_role("tab", name=name, exact=True).last.click(timeout=PATIENCE)
         page.wait_for_timeout(700)
-        found = page.evaluate(UNNAMED)
-        assert not found["unnamed"], (name, found["unnamed"])
+        found = controls(page)
+        assert [one[1] for one in found if one[0] == "tab"][:8] == list(TABS)
+        assert not unnamed(page), name
         shoot(other, f"studio-{name.lower().replace(' ', '-')}")
+        page.set_viewport_size({"width": 520, "height": 1400})
+        page.wait_for_timeout(700)
+        assert not too_wide(page), name
+        shoot(other, f"narrow-{name.lower().replace(' ', '-')}")
+        page.set_viewport_size({"width": 1280, "height": 1400})
     assert not other.own_errors, other.own_errors

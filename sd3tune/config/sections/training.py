@@ -16,7 +16,9 @@ class Data:
     """How pictures are put into batches."""
 
     train_batch_size: Annotated[int, about("Pictures of one forward pass.", low=1, high=1024, unit="images")] = 1
-    gradient_accumulation_steps: Annotated[int, about("Forward passes of one update.", low=1, high=1024)] = 1
+    gradient_accumulation_steps: Annotated[
+        int, about("Forward passes of one update; fixed for a run, whose order of batches follows from it.", low=1, high=1024)
+    ] = 1
     vae_batch_size: Annotated[int, about("Pictures encoded together.", low=1, high=1024, unit="images")] = 4
     write_batch_size: Annotated[int, about("Entries of one file of the cache.", low=1, high=10_000, unit="entries")] = 128
     latent_draw: Annotated[

@@ -565,15 +565,59 @@ def test_the_grid_shows_its_price_scores_and_hands_settings_back(run: st.Trainer
     assert all(record.difference > 0.005 for record in cells[2:])
     assert all(0 <= record.clip <= 1 for record in cells)
     assert grid.choose(1, 1) == {
-        "validation_guidance": 4.0, "validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_scale": 2.8,
+        "validation_guidance": 4.0, "validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_start": 0.01,
+        "validation_guidance_skip_layers_stop": 0.9, "validation_guidance_skip_scale": 2.8, "validation_num_inference_steps": 4,
     }  # fmt: skip
     assert not run.set(**grid.choose(0, 0)).refused
     assert run.config.validation.validation_guidance_skip_layers is None
-    run.set(**SLG)
+    run.set(**SLG, validation_num_inference_steps=3)
     assert list(grid)[1:] == [], "what is drawn stays drawn"
     assert all(torch.equal(weight, before[name]) for name, weight in run.engine.weights.items())
     with pytest.raises(st.TrainingError, match="no picture in row 9"):
         grid.choose(9, 0)
+
+
+def test_the_chosen_cell_draws_what_the_grid_drew(run: st.Trainer) -> None:
+    """Begin, end, a scale of 0 and whatever else was given: with the cell's settings the run draws the same bits."""
+    before, grid = run.config, st.slg_grid(
+        run, layers=(2,), scales=[0.0, 2.8], cfgs=[4.0], prompt="lock", validation_seed=5, validation_guidance_skip_layers_start=0.3,
+        validation_guidance_skip_layers_stop=1.0,
+    )  # fmt: skip
+    cells = [record for record in grid if record.type == "cell"]
+    assert [cell.skip_scale for cell in cells] == [2.8, 0.0, 2.8], "the run's own in the row without"
+    assert grid.choose(1, 0)["validation_guidance_skip_scale"] == 0.0
+    try:
+        for row in range(3):
+            assert not run.set(**grid.choose(row, 0)).refused
+            shot = next(shot for shot in shots_of(run.config) if shot.prompt == "lock")
+            assert (shot.seed, shot.guidance.skip_start, shot.guidance.skip_stop) == (5, 0.3, 1.0)
+            (again,) = [event.picture for event in run.painted([shot]) if isinstance(event, Drawn)]
+            assert again.tobytes() == cells[row].picture.tobytes()
+    finally:
+        run.set(**{name: before.leaves()[name] for name in grid.choose(0, 0)})
+    assert run.config == before
+
+
+def test_a_failed_cell_of_the_skip_layer_grid_stands_in_its_place(run: st.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are drawn; it is no choice; iterating again draws it alone."""
+    grid, whole = st.slg_grid(run, layers=(2,), scales=[1.0, 2.0], cfgs=[4.0], prompt="lock", validation_num_inference_steps=2), run.painted
+    bad = {1.0}
+
+    def painted(shots: list[Shot]) -> Any:
+        return [Failed(shots[0], "no room")] if shots[0].guidance.skip_scale in bad else whole(shots)
+
+    monkeypatch.setattr(run, "painted", painted)
+    cells = [record for record in grid if record.type == "cell"]
+    assert [cell.problem for cell in cells] == ["", "no room", ""]
+    assert cells[2].difference is not None
+    assert [row[1][0] for row in grid.grid().rows][1] == "no room"
+    assert "could not be drawn: no room" in str(grid)
+    grid.grid().image()
+    with pytest.raises(st.TrainingError, match="could not be drawn: no room"):
+        grid.choose(1, 0)
+    bad.clear()
+    assert [record.skip_scale for record in grid if record.type == "cell"] == [1.0]
+    assert grid.choose(1, 0)["validation_guidance_skip_scale"] == 1.0
 
 
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------

@@ -18,17 +18,19 @@ from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
 import sd3tune as st
-from sd3tune import cli
+from sd3tune import cli, playground
 from sd3tune.cache.states import Text
 from sd3tune.config import library
 from sd3tune.config.library import parse_size
 from sd3tune.models import components
+from sd3tune.picking import Picker
 from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, ScoreRecord
+from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
-from sd3tune.validation.pictures import about, drawn
+from sd3tune.validation.pictures import Source, about, drawn
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.shots import Shot, shots_of, together
 
@@ -385,6 +387,44 @@ def test_a_replay_sees_a_difference(run: st.Trainer, tmp_path: Path) -> None:
         list(st.replay(tmp_path / "plain.png"))
     with pytest.raises(st.FileError, match="there is no such picture"):
         list(st.replay(tmp_path / "none.png"))
+
+
+def test_another_precision_after_a_resume_is_another_model(bench: Workbench) -> None:
+    """Rows from before and after are each drawn again as they were; the base row stands for the model that draws now."""
+    trainer = bench.trainer(max_train_steps=3, lr_warmup_steps=0, learning_rate=1e-2, validation_prompt="lock", num_eval_images=1)
+    list(trainer.run(2))
+    list(trainer.validation())
+    trainer.checkpoint()
+    folder, first = trainer.folder, trainer.folder.images(2) / "00.png"
+    base = folder.images(0) / "00.png"
+    old = (about(base)["model"], Image.open(base).tobytes())
+    assert about(first)["model"] == old[0]
+    resumed = st.Trainer.resume(folder.path, base_model_precision="int8-quanto")
+    assert not [record for record in resumed.run() if getattr(record, "problem", "") or isinstance(record, NoticeRecord)]
+    second = folder.images(3) / "00.png"
+    assert about(second)["model"] == about(base)["model"] != old[0]
+    assert Image.open(base).tobytes() != old[1]
+    assert [path.name for path in sorted(folder.images(0).glob("*.png"))] == ["00.png"], "the new one takes the old one's place"
+    assert [about(path)["model_settings"]["base_model_precision"] for path in (first, second)] == ["no_change", "int8-quanto"]
+    for path in (first, second, base):
+        assert list(st.replay(path))[-1].text == f"{path.name}: drawn again, and the same, bit for bit"  # type: ignore[attr-defined]
+    assert Picker(folder.path, steps=[2]).price == "all 1 pictures are there", "as the run was at step 2"
+    assert Picker(folder.path).price.startswith("1 pictures"), "what another precision drew is no picture of now"
+
+
+def test_the_verdict_names_what_changed() -> None:
+    """Library, device and model, and only where the pictures differ."""
+    path, grey = playground.PICTURES / "train" / "key.png", Image.new("RGB", Image.open(playground.PICTURES / "train" / "key.png").size)
+    facts = {"versions": {"torch": "1"}, "device": "cuda", "model": "one"}
+    then, now = (
+        Source(st.presets.playground(), device, "base", 0, "", m, {"torch": v})
+        for device, m, v in (("cuda", "one", "1"), ("cpu", "two", "2"))
+    )
+    assert verdict(path, Image.open(path).convert("RGB"), facts, now).endswith("the same, bit for bit")
+    assert verdict(path, grey, facts, then).endswith("of 255")
+    assert verdict(path, grey, facts, now).endswith(
+        "(torch 1 then, 2 now; cuda then, cpu now; the base model or its encoders are not those of then)"
+    )
 
 
 def test_adapters_stay_as_long_as_their_pictures(run: st.Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,11 @@ def source_of(config: RunConfig, cache: Cache, device: str, kind: Kind, step: in
     return Source(config, device, kind, step, adapter, model, {name: version(name) for name in ("torch", "diffusers")})
 
 
+def model_settings(config: RunConfig) -> dict[str, Any]:
+    """How the model is computed: settings that a resumed run may have changed. Without the place of a model on this machine."""
+    return {name: value for name, value in dataclasses.asdict(config.model).items() if name != "pretrained_model_name_or_path"}
+
+
 def record_of(shot: Shot, source: Source, path: Path | None, problem: str = "") -> ImageRecord:
     """The record of a picture, or of one that could not be drawn."""
     return ImageRecord(
@@ -90,6 +96,7 @@ def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[
         **record.as_dict(), "path": "/".join(place), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
         "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
+        "model_settings": model_settings(source.config),
     }  # fmt: skip
     described, info = json.dumps(about, indent=1, default=str), PngInfo()
     info.add_text(KEY, described)
@@ -108,7 +115,9 @@ def about(path: Path) -> dict[str, Any]:
             found = dict(json.loads(opened.info[KEY]))
         for row in (found["shot"], *found["batch"]):
             Shot.of(row)
-        return {"adapter": found["adapter"], "kind": found["kind"], "step": found["step"], "versions": found["versions"], **found}
+        how = dict(found.get("model_settings", {}))
+        needed = {name: found[name] for name in ("adapter", "kind", "step", "versions", "device")}
+        return {"model": "", **found, **needed, "model_settings": how}
     except FileNotFoundError:
         raise FileError(f"{path}: there is no such picture") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
@@ -131,6 +140,9 @@ class Found:
     problem: str = ""
     adapter: str = ""
     """Digest of the adapter that it was drawn with."""
+    model: str = ""
+    """Digest of the model that drew it, see `Source.model`."""
+    model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def drawn(folder: RunFolder, step: int) -> list[Found]:
@@ -142,7 +154,8 @@ def found_at(path: Path) -> Found | None:
     """The picture that a JSON file beside it describes; nothing when that cannot be read."""
     try:
         row = json.loads(path.read_text())
-        return Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"], row.get("adapter", ""))
+        about, how = (row.get("adapter", ""), row.get("model", "")), row.get("model_settings", {})
+        return Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"], *about, how)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -479,7 +479,30 @@ def test_a_picture_says_how_to_draw_it_elsewhere(run: st.Trainer) -> None:
     kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
     assert kinds["SkipLayerGuidanceSD3"]["layers"] == "7, 8"
     assert kinds["KSampler"]["cfg"] == 4.0
-    assert "LoraLoaderModelOnly" in kinds
+    assert kinds["LoraLoaderModelOnly"]["lora_name"] == "lora-comfyui.safetensors"
+    assert 'weight_name="lora.safetensors"' in facts["code"]
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "file"), [(0, "00.png", None), (6, "00.png", "lora.safetensors"), (6, "00-ema.png", "lora-ema.safetensors")]
+)
+def test_a_workflow_for_comfyui_lies_beside_each_picture(run: st.Trainer, at: int, name: str, file: str | None) -> None:
+    """The same as inside it; with the file of the adapter or of its average, or none; and what cannot be matched is listed."""
+    path = run.folder.images(at) / name
+    facts = about(path)
+    assert facts["comfyui"]["workflow"] == path.with_suffix(".comfyui.json").name
+    nodes = json.loads((path.parent / facts["comfyui"]["workflow"]).read_text())
+    with Image.open(path) as opened:
+        assert nodes == json.loads(opened.info["prompt"])
+    loaded = [node["inputs"]["lora_name"] for node in nodes.values() if node["class_type"] == "LoraLoaderModelOnly"]
+    assert loaded == ([comfyui.lora_name(file)] if file else [])
+    assert [f'"{one}"' in facts["code"] for one in ("lora.safetensors", "lora-ema.safetensors")] == [
+        file == "lora.safetensors", file == "lora-ema.safetensors",
+    ]  # fmt: skip
+    listed = json.loads(path.with_suffix(".json").read_text())["comfyui"]["unmatched"]
+    assert [line.split(":")[0] for line in listed] == ["T5's length", "Skip-layer guidance", "The base model"] + [
+        "The adapter's file"
+    ] * bool(file)
 
 
 def test_the_base_row_is_drawn_once_for_all_runs(run: st.Trainer, bench: Workbench) -> None:
@@ -680,12 +703,34 @@ def test_comfyui_steps_through_the_same_noise_levels(steps: int) -> None:
 def test_a_workflow_is_whole() -> None:
     """Every input names a node that is there, and what cannot be matched is listed."""
     config = st.RunConfig.make(model_flavour="sd35-medium", validation_prompt="a pot", validation_guidance_skip_layers=(7, 8, 9))
-    for adapter in (True, False):
-        nodes = comfyui.workflow(config, shots_of(config)[0], adapter=adapter)
+    for adapter in ("lora.safetensors", None):
+        nodes = comfyui.workflow(config, shots_of(config)[0], adapter)
         links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
         assert all(name in nodes for name, _ in links)
-        assert ("3" in nodes) is adapter
-    assert any("max" in line or "T5" in line for line in comfyui.UNMATCHED)
+        assert ("3" in nodes) is (adapter is not None)
+
+
+def test_what_comfyui_cannot_match_is_listed() -> None:
+    """Each line stands there because of a setting, and goes when it does."""
+    plain: dict[str, Any] = {"model_flavour": "sd35-medium", "validation_prompt": "a pot", "mixed_precision": "no", "use_t5": True}
+    because: dict[str, dict[str, Any]] = {
+        "Skip-layer guidance": {"validation_guidance_skip_layers": (7, 8, 9)}, "Noise": {"mixed_precision": "bf16"},
+        "UniPC and DPM-Solver++": {"validation_noise_scheduler": "unipc"},
+        "Zeros for no text": {"sd3_clip_uncond_behaviour": "zero"},
+        "A quantised base (int8-quanto)": {"base_model_precision": "int8-quanto"},
+    }  # fmt: skip
+
+    def listed(adapter: str | None = None, **settings: Any) -> list[str]:
+        config = st.RunConfig.make(**{**plain, **settings})
+        return comfyui.unmatched(config, shots_of(config)[0], adapter)
+
+    (length,) = listed()
+    assert length.startswith("T5's length")
+    assert "always 154" in length
+    assert any("Zeros" in line for line in listed(use_t5=False))
+    for begins, given_settings in because.items():
+        assert [line.startswith(begins) for line in listed(**given_settings)] == [False, True], given_settings
+    assert "sd3tune lora convert lora-ema.safetensors --to comfyui --out lora-ema-comfyui.safetensors" in listed("lora-ema.safetensors")[1]
 
 
 def test_a_wrong_run_leaves_no_samples(tmp_path: Path) -> None:

@@ -21,13 +21,16 @@ from sd3tune.files import digest, make_folder, write_text, write_with
 from sd3tune.models import components
 from sd3tune.records import ImageRecord
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
-from sd3tune.validation.comfyui import workflow
+from sd3tune.validation.comfyui import unmatched, workflow
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.shots import Shot, shots_of
 from sd3tune.validation.snippet import sample_code
 
 Kind = Literal["base", "adapter", "ema"]
 """Of the model without the adapter, with it, or with its running average."""
+
+FILES: dict[str, str | None] = {"base": None, "adapter": "lora.safetensors", "ema": "lora-ema.safetensors"}
+"""Whose picture it is -> the file of a finished run that draws it elsewhere."""
 
 KEY = "sd3tune"
 """The PNG's text that holds what a picture was drawn from."""
@@ -79,7 +82,8 @@ def write_problem(path: Path, shot: Shot, source: Source, why: str) -> ImageReco
     """Write what should have been drawn and why it could not be, where the picture would lie. Raises: FileError."""
     record = record_of(shot, source, None, why)
     make_folder(path.parent)
-    path.unlink(missing_ok=True)
+    for stale in (path, comfyui_file(path)):
+        stale.unlink(missing_ok=True)
     write_text(path.with_suffix(".json"), json.dumps({**record.as_dict(), "shot": shot.as_dict()}, indent=1) + "\n")
     return record
 
@@ -87,24 +91,33 @@ def write_problem(path: Path, shot: Shot, source: Source, why: str) -> ImageReco
 def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[Shot], source: Source) -> ImageRecord:
     """Write a picture with what it was drawn from inside, and the same beside it as JSON. Raises: FileError.
 
-    A workflow that draws the same in ComfyUI, as nearly as it can, is inside too: drop the picture on ComfyUI's window.
+    A workflow that draws the same in ComfyUI, as nearly as it can, is inside too and in a file beside it: drop either on ComfyUI's
+    window. What it cannot match is listed with the settings.
     """
-    record = record_of(shot, source, path)
+    record, adapter, beside = record_of(shot, source, path), FILES[source.kind], comfyui_file(path)
     place = path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]  # nothing of where a person keeps it
     settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
     about = {
         **record.as_dict(), "path": "/".join(place), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
-        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
+        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=adapter), "settings": settings,
         "model_settings": model_settings(source.config),
+        "comfyui": {"workflow": beside.name, "unmatched": unmatched(source.config, shot, adapter)},
     }  # fmt: skip
     described, info = json.dumps(about, indent=1, default=str), PngInfo()
     info.add_text(KEY, described)
-    info.add_text("prompt", json.dumps(workflow(source.config, shot, adapter=source.kind != "base")))
+    nodes = workflow(source.config, shot, adapter)
+    info.add_text("prompt", json.dumps(nodes))
     make_folder(path.parent)
     write_with(path, lambda draft: picture.save(draft, "PNG", pnginfo=info))
+    write_text(beside, json.dumps(nodes, indent=1) + "\n")
     write_text(path.with_suffix(".json"), described + "\n")
     return record
+
+
+def comfyui_file(picture: Path) -> Path:
+    """The file with a picture's ComfyUI workflow, beside the picture."""
+    return picture.with_suffix(".comfyui.json")
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.history_grid import MOST, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
-from sd3tune.validation.pictures import Source, about, drawn
+from sd3tune.validation.pictures import Source, about, drawn, grid_of
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.shots import Shot, shots_of, together
 
@@ -332,6 +333,45 @@ def test_a_run_draws_each_row(run: st.Trainer) -> None:
     assert {path.name for path in run.folder.images(3).glob("*.png")} == {f"{n:02d}{e}.png" for n in range(shots) for e in ("", "-ema")}
     assert [label for label, _ in run.grid().rows][:3] == ["base model", "LoRA, step 6", "average, step 6"]
     assert all(isinstance(cell, Image.Image) for label, row in run.grid().rows for cell in row if label != "reference")
+
+
+def test_the_grid_in_the_folder_is_prompts_by_steps_and_says_what_each_cell_is(run: st.Trainer) -> None:
+    """Rows for every step drawn, their labels, all settings inside the PNG, and the same in a JSON file that names each cell's file."""
+    told = json.loads(run.folder.grid.with_suffix(".json").read_text())
+    with Image.open(run.folder.grid) as opened:
+        assert json.loads(opened.info["sd3tune"]) == told
+        size = opened.size
+    labels = ["base model", *(f"{kind}, step {step}" for step in (3, 6) for kind in ("LoRA", "average"))]
+    assert [row["label"] for row in told["rows"]] == labels
+    shots, rows = shots_of(run.config), [row["cells"] for row in told["rows"]]
+    assert len(told["columns"]) == len(shots)
+    for cells in rows:
+        assert [cell["shot"]["prompt"] for cell in cells] == [shot.prompt for shot in shots]
+        for cell in cells:
+            facts = about(run.folder.path / cell["file"])
+            assert (facts["adapter"], facts["shot"], facts["kind"]) == (cell["adapter"], cell["shot"], cell["kind"])
+    assert {name: told["settings"][name] for name in SLG} == {name: list(v) if isinstance(v, tuple) else v for name, v in SLG.items()}
+    assert str(run.folder.path.parent) not in json.dumps(told)
+    assert size == grid_of(run.config, run.folder, run.cache.plan, [3, 6]).image().size
+    small = [
+        cell
+        for _, row in grid_of(run.config, run.folder, run.cache.plan, [3, 6], most=len(rows) * len(shots) * 400).rows[:-1]
+        for cell in row
+    ]
+    assert all(300 <= cell.width * cell.height <= 440 for cell in small), "of many pictures each is smaller"
+
+
+def test_many_steps_are_thinned_for_the_grid(tmp_path: Path) -> None:
+    """The first and the last always stay; the base model's own step is no row of its own beside others."""
+    folder = RunFolder(tmp_path)
+    assert steps_shown(folder, 99) == []
+    for step in (0, *range(10, 130, 10)):
+        folder.images(step).mkdir(parents=True)
+        found = steps_shown(folder, step)
+        assert len(found) <= MOST
+        assert found == sorted(set(found))
+        assert (found[0], found[-1]) == (min(10, step), step)
+    assert steps_shown(folder, 30) == [10, 20, 30], "after a rewind later ones do not count"
 
 
 def test_the_base_row_is_without_the_adapter_whenever_it_is_drawn(bench: Workbench) -> None:

@@ -22,7 +22,7 @@ from sd3tune.models import components
 from sd3tune.records import ImageRecord
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 from sd3tune.validation.comfyui import unmatched, workflow
-from sd3tune.validation.grids import Grid
+from sd3tune.validation.grids import KEY, Grid
 from sd3tune.validation.shots import Shot, shots_of
 from sd3tune.validation.snippet import sample_code
 
@@ -31,9 +31,6 @@ Kind = Literal["base", "adapter", "ema"]
 
 FILES: dict[str, str | None] = {"base": None, "adapter": "lora.safetensors", "ema": "lora-ema.safetensors"}
 """Whose picture it is -> the file of a finished run that draws it elsewhere."""
-
-KEY = "sd3tune"
-"""The PNG's text that holds what a picture was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,11 @@ def model_settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config.model).items() if name != "pretrained_model_name_or_path"}
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings of validation."""
+    return {name: value for name, value in config.leaves().items() if name.startswith("validation_")}
+
+
 def record_of(shot: Shot, source: Source, path: Path | None, problem: str = "") -> ImageRecord:
     """The record of a picture, or of one that could not be drawn."""
     return ImageRecord(
@@ -96,11 +98,11 @@ def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[
     """
     record, adapter, beside = record_of(shot, source, path), FILES[source.kind], comfyui_file(path)
     place = path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]  # nothing of where a person keeps it
-    settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
     about = {
         **record.as_dict(), "path": "/".join(place), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
-        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=adapter), "settings": settings,
+        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=adapter),
+        "settings": settings_of(source.config),
         "model_settings": model_settings(source.config),
         "comfyui": {"workflow": beside.name, "unmatched": unmatched(source.config, shot, adapter)},
     }  # fmt: skip
@@ -198,10 +200,14 @@ class Places:
         return shot if self._kind == "base" else shot.place
 
 
-def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int]) -> Grid:
-    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions."""
-    shots = shots_of(config)
-    rows = [(label, tuple(map(cell_of, found))) for label, found in rows_of(folder, shots, steps)]
+def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int], *, most: int | None = None) -> Grid:
+    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions.
+
+    Pictures are made smaller where all together have more than ``most`` pixels.
+    """
+    shots, found = shots_of(config), rows_of(folder, shots_of(config), steps)
+    each = None if most is None else most / max(1, len(found) * len(shots))
+    rows = [(label, tuple(cell_of(one, each) for one in cells)) for label, cells in found]
     placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
     references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
     if any(references):
@@ -238,13 +244,17 @@ def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> 
     return grid_of(config, folder, made, steps[-1:])
 
 
-def cell_of(found: Found | None) -> Image.Image | str | None:
-    """A picture, or why there is none."""
+def cell_of(found: Found | None, most: float | None = None) -> Image.Image | str | None:
+    """A picture (of at most so many pixels), or why there is none."""
     if found is None or found.problem:
         return None if found is None else found.problem
     if not found.path.exists():
         return None
-    return opened(found.path)
+    picture = opened(found.path)
+    share = 1.0 if most is None else (most / (picture.width * picture.height)) ** 0.5
+    if share < 1:
+        picture.thumbnail((max(1, round(share * picture.width)), max(1, round(share * picture.height))))
+    return picture
 
 
 def opened(path: Path) -> Image.Image:

@@ -27,7 +27,7 @@ from sd3tune.validation.painter import seconds_of_a_forward
 from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, model_settings, of_shots, opened, source_of, title
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, shots_of, together
-from sd3tune.validation.validator import at_strength, draw, painting
+from sd3tune.validation.validator import at_strength, check, draw, painting
 from sd3tune.validation.votes import Answer, Ballot, Candidate, Ranking
 
 
@@ -127,6 +127,7 @@ class Picker:
     def _draw(self, missing: dict[Candidate, list[Shot]]) -> Iterator[Record]:
         """Load the base once and exchange the adapter's values."""
         config, device, first = self.config, components.pick_device(), next(iter(missing))
+        check(config, components.skeleton(config), device)
         texts = texts_of(config)
         with (
             loaded(config, adapter_file(self.folder, first.step), device) as (transformer, network),

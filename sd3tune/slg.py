@@ -153,7 +153,8 @@ def slg_grid(
     config = trainer.config.replace(**{"validation_guidance_skip_layers": None, **settings})
     for found in sets:
         for cfg in cfgs:
-            trainer.check(config.replace(validation_guidance=float(cfg), validation_guidance_skip_layers=found))
+            own = {"validation_guidance": float(cfg), "validation_guidance_skip_layers": found}
+            trainer.check(config.replace(**own, user_prompt_library=None))  # whose prompts have no guidance of their own here
     shots = [shot for shot in shots_of(config) if prompt is None or shot.prompt == prompt]
     if not shots:
         known = "none is set" if not config.prompts else f"there are {', '.join(repr(one.prompt) for one in config.prompts)}"

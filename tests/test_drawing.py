@@ -21,6 +21,7 @@ import sd3tune as st
 from sd3tune import cli, playground
 from sd3tune.cache.states import Text
 from sd3tune.config import library
+from sd3tune.config.advice import advice
 from sd3tune.config.library import parse_size
 from sd3tune.models import components
 from sd3tune.picking import Picker
@@ -33,7 +34,7 @@ from sd3tune.validation.history_grid import MOST, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
 from sd3tune.validation.pictures import Source, about, drawn, grid_of
 from sd3tune.validation.sampler import Guidance
-from sd3tune.validation.shots import Shot, shots_of, together
+from sd3tune.validation.shots import Shot, in_words, shots_of, together
 
 SLG: dict[str, Any] = {"validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_stop": 0.9, "validation_guidance": 4.0}
 LIBRARY: dict[str, Any] = {"half": {"prompt": "lock", "strength": 0.5, "steps": 2}, "wide": {"prompt": "croissant", "size": "96x64"}}
@@ -176,6 +177,23 @@ def test_skip_layer_guidance_brings_its_own_guidance() -> None:
     assert st.RunConfig.make(model_flavour="sd35-medium", validation_guidance_skip_layers=[7, 8, 9]).validation.validation_guidance == 4.0
     assert st.RunConfig.make(model_flavour="sd35-medium").validation.validation_guidance == 3.0
     assert st.presets.playground(validation_guidance_skip_layers=(7,)).validation.validation_guidance == 3.0, "the preset sets it"
+
+
+def test_skip_layer_guidance_minds_each_prompts_own_guidance() -> None:
+    """One of 1 or less is refused and named, one above 4 is advised against; both as for the run's own."""
+    library = {"plain": "a pot", "own": {"prompt": "a cup", "guidance": 1}}
+    with pytest.raises(st.ConfigError, match="user_prompt_library: 'own': guidance 1 is not above 1"):
+        st.presets.playground(validation_guidance_skip_layers=(7,), user_prompt_library=library)
+    st.presets.playground(user_prompt_library=library)
+    high = {"own": {"prompt": "a cup", "guidance": 5, "steps": 20}}
+    for given_library, told in ((high, True), ({"own": "a cup"}, False)):
+        config = st.presets.playground(validation_guidance_skip_layers=(7,), user_prompt_library=given_library, validation_prompt="a pot")
+        assert any("at most 4" in str(one) for one in advice(config)) is told
+    said = in_words(st.presets.playground(
+        validation_guidance_skip_layers=(7,), user_prompt_library=high, validation_prompt="a pot", validation_num_inference_steps=28,
+    ))  # fmt: skip
+    assert "steps 1-5 of 28" in said
+    assert "steps 1-3 of 20" in said, "a prompt's own steps count too"
 
 
 # --- when something fails --------------------------------------------------------------------------------------------
@@ -620,6 +638,9 @@ def test_the_command_line_draws_and_replays(run: st.Trainer, tmp_path: Path, cap
     assert "0000-lock.png" in fresh.run(["-m", "sd3tune", "sample", str(run.folder.path), "lock", *rest], tmp_path / "said.txt")
     with Image.open(run.folder.images(6) / "00.png") as own:
         assert differing(Image.open(tmp_path / "0000-lock.png"), own) <= 2
+    said = (tmp_path / "said.txt").read_text()
+    assert "skip-layer guidance on blocks 7, 8 x 2.8, steps 1-2 of 3" in said
+    assert said.index("steps 1-2 of 3") < said.index("0000-lock.png"), "before it is drawn"
     assert cli.main(["sample", str(run.folder.path), "lock", "--slg", "7,x"]) == 1
     assert "write the numbers of blocks with commas" in capsys.readouterr().err
     assert cli.main(["sample", str(run.folder.path), "lock", "--slg", "99", "--out", str(tmp_path)]) == 1

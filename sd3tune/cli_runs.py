@@ -54,7 +54,7 @@ def _runs(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from sd3tune.config.reading import parse_setting
-    from sd3tune.records import ImageRecord
+    from sd3tune.records import ImageRecord, NoticeRecord
     from sd3tune.sampling import drawing
 
     settings: dict[str, Any] = dict(map(parse_setting, options.set))
@@ -68,6 +68,8 @@ def _sample(options: argparse.Namespace) -> None:
         if isinstance(record, ImageRecord):
             failed += bool(record.problem)
             print(f"{record.prompt!r}: {record.problem or record.path}", flush=True)
+        elif isinstance(record, NoticeRecord):
+            print(record.text, flush=True)
     if failed:
         raise TrainingError(f"{failed} of the pictures could not be drawn")
 

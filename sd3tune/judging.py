@@ -21,6 +21,7 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import Rows, by_image, evaluation_levels, evaluation_loss, losses_of, mean
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.history_grid import write_grid
 from sd3tune.validation.painter import Event, seconds_of_a_forward
 from sd3tune.validation.pictures import Kind, Places, newest_grid, of_shots, source_of
 from sd3tune.validation.scoring import Scoring
@@ -118,7 +119,7 @@ class Judge:
                         with self._evaluating(kind, strength):
                             yield from draw(painter, alike, source, place)
         folder.drop_adapters()
-        self.grid(config, folder).save(folder.grid)
+        write_grid(config, folder, self._cache.plan, step)
         if config.evaluation.evaluation_type == "clip":
             yield from self._scored(config, folder, shots, self._kinds(config) if changed else ("base",))
 

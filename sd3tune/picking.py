@@ -24,10 +24,10 @@ from sd3tune.shown import duration
 from sd3tune.validation import votes
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import seconds_of_a_forward
-from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, of_shots, opened, source_of, title
+from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, model_settings, of_shots, opened, source_of, title
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, shots_of, together
-from sd3tune.validation.validator import at_strength, draw, painting
+from sd3tune.validation.validator import at_strength, check, draw, painting
 from sd3tune.validation.votes import Answer, Ballot, Candidate, Ranking
 
 
@@ -75,8 +75,9 @@ class Picker:
 
     def row(self, candidate: Candidate) -> list[Found | None]:
         """For each shot the picture that is there, or why it could not be drawn; nothing when it was not tried yet."""
-        own = drawn(self.folder, candidate.step) if self._own.model == self.config.model else []
-        usable = {found.shot: found for found in own if found.adapter == candidate.mark and found.path.exists()}
+        own, how = drawn(self.folder, candidate.step) if self._own.model == self.config.model else [], model_settings(self.config)
+        same = [found for found in own if found.adapter == candidate.mark and found.model_settings == how and found.path.exists()]
+        usable = {found.shot: found for found in same}
         found = []
         for shot in self.shots:
             path = self.place(candidate, shot)
@@ -126,6 +127,7 @@ class Picker:
     def _draw(self, missing: dict[Candidate, list[Shot]]) -> Iterator[Record]:
         """Load the base once and exchange the adapter's values."""
         config, device, first = self.config, components.pick_device(), next(iter(missing))
+        check(config, components.skeleton(config), device)
         texts = texts_of(config)
         with (
             loaded(config, adapter_file(self.folder, first.step), device) as (transformer, network),

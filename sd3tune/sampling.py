@@ -16,6 +16,7 @@ import torch
 from sd3tune.assembly import spec_of
 from sd3tune.cache import CacheBuilder
 from sd3tune.cache.reading import Cache
+from sd3tune.config.advice import advice
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.catalog import Catalog
 from sd3tune.data.planning import Plan
@@ -23,11 +24,11 @@ from sd3tune.errors import CheckpointError, ConfigError, TrainingError
 from sd3tune.files import file_digest
 from sd3tune.models import adapters, components, lora_layouts, lycoris_adapters, merging, starting
 from sd3tune.models.encoders import encoders
-from sd3tune.records import ImageRecord, Record
+from sd3tune.records import ImageRecord, NoticeRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import opened, source_of
-from sd3tune.validation.shots import Shot, by_strength, shots_of
+from sd3tune.validation.shots import Shot, by_strength, in_words, shots_of
 from sd3tune.validation.validator import at_strength, check, draw, painting
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def sample(
 def drawing(
     file: str | Path, prompt: str | Sequence[str], *, out: str | Path = "samples", config: RunConfig | None = None, **settings: Any
 ) -> Iterator[Record]:
-    """The same step by step: one record per step of the sampler and per picture."""
+    """The same step by step: what is drawn, with the steps of skip-layer guidance and advice about it, then one record per step of the
+    sampler and per picture."""
     adapter = weights_file(Path(file))
     chosen = config or config_of(adapter, settings)
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
@@ -83,6 +85,8 @@ def drawing(
     chosen = chosen.replace(**{**own, "validation_disable": False, "validation_disable_unconditional": True, **settings})
     device = components.pick_device()
     check(chosen, components.skeleton(chosen), device)
+    said = [in_words(chosen), *(str(one) for one in advice(chosen, {"validation_guidance_skip_layers"}))]
+    yield NoticeRecord(step=0, text="\n".join(said))
     texts = texts_of(chosen)
     with loaded(chosen, adapter, device) as (transformer, network), painting(chosen, transformer, texts.text, device) as painter:
         source = source_of(chosen, texts, str(device), "adapter", 0, file_digest(adapter))

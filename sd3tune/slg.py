@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CellRecord(Record):
-    """One cell of the grid is drawn."""
+    """One cell of the grid is drawn, or ``problem`` says why not."""
 
     type: ClassVar[str] = "cell"
     skip_layers: tuple[int, ...]
@@ -37,23 +37,24 @@ class CellRecord(Record):
     clip: float | None
     """How well prompt and picture agree, 0 to 1; nothing unless ``evaluation_type`` is clip."""
     seconds: float
-    picture: Image = field(repr=False, compare=False)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The cell as settings: ``trainer.set(**cell.settings)``."""
-        slg = {"validation_guidance_skip_layers": self.skip_layers or None}
-        return {"validation_guidance": self.guidance, **slg, "validation_guidance_skip_scale": self.skip_scale}
+    settings: dict[str, Any]
+    """All that the cell was drawn with: ``trainer.set(**cell.settings)``."""
+    problem: str = ""
+    picture: Image | None = field(default=None, repr=False, compare=False)
 
 
 class SlgGrid:
     """Rows of skipped blocks and scales under one without, columns of guidance scales. Iterate to draw it; it shows what is there.
 
+    A cell that fails says why in its place, the others are drawn, and iterating again tries it again.
     Nothing of it touches the training or the run's settings.
     """
 
-    def __init__(self, trainer: Trainer, rows: Sequence[tuple[tuple[int, ...], float]], cfgs: Sequence[float], shot: Shot) -> None:
-        self._trainer, self.rows, self.cfgs, self.shot = trainer, (((), 0.0), *rows), tuple(cfgs), shot
+    def __init__(
+        self, trainer: Trainer, rows: Sequence[tuple[tuple[int, ...], float]], cfgs: Sequence[float], shot: Shot, **settings: Any
+    ) -> None:
+        """``settings`` are those of validation that ``shot`` was made with beside the run's own."""
+        self._trainer, self.rows, self.cfgs, self.shot, self._given = trainer, (((), 0.0), *rows), tuple(cfgs), shot, settings
         self.cells: dict[tuple[int, int], CellRecord] = {}
         """Row and column -> what was drawn there."""
         places = [(row, column) for row in range(len(self.rows)) for column in range(len(self.cfgs))]
@@ -64,7 +65,8 @@ class SlgGrid:
     def guidance(self, row: int, column: int) -> Guidance:
         """The guidance of a cell."""
         layers, scale = self.rows[row]
-        return replace(self.shot.guidance, scale=self.cfgs[column], skip_layers=layers, skip_scale=scale)
+        own = self.shot.guidance
+        return replace(own, scale=self.cfgs[column], skip_layers=layers, skip_scale=scale if layers else own.skip_scale)
 
     def _shot(self, row: int, column: int) -> Shot:
         return replace(self.shot, guidance=self.guidance(row, column))
@@ -86,29 +88,31 @@ class SlgGrid:
         yield NoticeRecord(step=step, text=self.price)
         for row in range(len(self.rows)):
             for column in range(len(self.cfgs)):
-                if (row, column) not in self.cells:
+                if (row, column) not in self.cells or self.cells[row, column].problem:
                     yield from self._draw(row, column)
 
     def _draw(self, row: int, column: int) -> Iterator[Record]:
         step, started = self._trainer.steps_done, time.perf_counter()
         found = yield from picture_of(self._trainer.painted([self._shot(row, column)]), step)
-        if isinstance(found, Failed):
-            raise TrainingError(f"this cell could not be drawn: {found.why}")
+        picture, problem = (None, found.why) if isinstance(found, Failed) else (found.picture, "")
         plain = self.cells.get((0, column))
-        apart = None if plain is None else difference(found.picture, plain.picture)
-        layers, scale = self.rows[row]
+        apart = None if picture is None or plain is None or plain.picture is None else difference(picture, plain.picture)
+        clip = None if picture is None else self._trainer.score(picture, self.shot.prompt)
+        guidance = self.guidance(row, column)
         self.cells[row, column] = CellRecord(
-            step=step, skip_layers=layers, skip_scale=scale or self.shot.guidance.skip_scale, guidance=self.cfgs[column],
-            difference=apart, clip=self._trainer.score(found.picture, self.shot.prompt), seconds=time.perf_counter() - started,
-            picture=found.picture,
+            step=step, skip_layers=guidance.skip_layers, skip_scale=guidance.skip_scale, guidance=guidance.scale, difference=apart,
+            clip=clip, seconds=time.perf_counter() - started, settings={**self._given, **settings_of(guidance)}, problem=problem,
+            picture=picture,
         )  # fmt: skip
         yield self.cells[row, column]
 
     def choose(self, row: int, column: int) -> dict[str, Any]:
         """The settings of a cell, row 0 being the one without: ``trainer.set(**grid.choose(2, 1))``. Raises: TrainingError if not drawn."""
-        if (row, column) not in self.cells:
-            raise TrainingError(f"there is no picture in row {row}, column {column}; iterate over the grid first")
-        return self.cells[row, column].settings
+        cell = self.cells.get((row, column))
+        if cell is None or cell.problem:
+            why = "iterate over the grid first" if cell is None else f"it could not be drawn: {cell.problem}"
+            raise TrainingError(f"there is no picture in row {row}, column {column}; {why}")
+        return cell.settings
 
     def grid(self) -> Grid:
         """What is drawn so far."""
@@ -117,7 +121,7 @@ class SlgGrid:
             label = f"skip {', '.join(map(str, layers))} x {scale:g}" if layers else "without"
             found = [self.cells.get((number, column)) for column in range(len(self.cfgs))]
             scores = [f"{c.clip:.3f}" for c in found if c is not None and c.clip is not None]
-            cells = tuple(None if cell is None else cell.picture for cell in found)
+            cells = tuple(None if cell is None else cell.picture or cell.problem for cell in found)
             rows.append((label + (f"\nCLIP {' '.join(scores)}" if scores else ""), cells))
         return Grid(tuple(rows), tuple(f"guidance {cfg:g}" for cfg in self.cfgs))
 
@@ -130,7 +134,8 @@ class SlgGrid:
             layers = f"blocks {list(cell.skip_layers)} x {cell.skip_scale:g}" if cell.skip_layers else "none"
             apart = "" if cell.difference is None else f", {cell.difference:.1%} from none"
             clip = "" if cell.clip is None else f", CLIP {cell.clip:.3f}"
-            lines.append(f"[{row}, {column}] guidance {cell.guidance:g}, skipped: {layers}{apart}{clip}")
+            problem = f", could not be drawn: {cell.problem}" if cell.problem else ""
+            lines.append(f"[{row}, {column}] guidance {cell.guidance:g}, skipped: {layers}{apart}{clip}{problem}")
         return "\n".join(lines)
 
 
@@ -148,7 +153,8 @@ def slg_grid(
     config = trainer.config.replace(**{"validation_guidance_skip_layers": None, **settings})
     for found in sets:
         for cfg in cfgs:
-            trainer.check(config.replace(validation_guidance=float(cfg), validation_guidance_skip_layers=found))
+            own = {"validation_guidance": float(cfg), "validation_guidance_skip_layers": found}
+            trainer.check(config.replace(**own, user_prompt_library=None))  # whose prompts have no guidance of their own here
     shots = [shot for shot in shots_of(config) if prompt is None or shot.prompt == prompt]
     if not shots:
         known = "none is set" if not config.prompts else f"there are {', '.join(repr(one.prompt) for one in config.prompts)}"
@@ -156,7 +162,16 @@ def slg_grid(
             [f"prompt {prompt!r} is none of the validation prompts ({known}); trainer.set(validation_prompt=...)"], "slg_grid"
         )
     rows = [(found, float(scale)) for found in sets for scale in scales]
-    return SlgGrid(trainer, rows, [float(cfg) for cfg in cfgs], shots[0])
+    return SlgGrid(trainer, rows, [float(cfg) for cfg in cfgs], shots[0], **settings)
+
+
+def settings_of(guidance: Guidance) -> dict[str, Any]:
+    """Guidance as settings."""
+    return {
+        "validation_guidance": guidance.scale, "validation_guidance_skip_layers": guidance.skip_layers or None,
+        "validation_guidance_skip_layers_start": guidance.skip_start, "validation_guidance_skip_layers_stop": guidance.skip_stop,
+        "validation_guidance_skip_scale": guidance.skip_scale,
+    }  # fmt: skip
 
 
 def difference(one: Image, other: Image) -> float:

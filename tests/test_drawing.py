@@ -18,19 +18,23 @@ from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
 import sd3tune as st
-from sd3tune import cli
+from sd3tune import cli, playground
 from sd3tune.cache.states import Text
 from sd3tune.config import library
+from sd3tune.config.advice import advice
 from sd3tune.config.library import parse_size
 from sd3tune.models import components
+from sd3tune.picking import Picker
 from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, ScoreRecord
+from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.history_grid import MOST, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
-from sd3tune.validation.pictures import about, drawn
+from sd3tune.validation.pictures import Source, about, drawn, grid_of
 from sd3tune.validation.sampler import Guidance
-from sd3tune.validation.shots import Shot, shots_of, together
+from sd3tune.validation.shots import Shot, in_words, shots_of, together
 
 SLG: dict[str, Any] = {"validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_stop": 0.9, "validation_guidance": 4.0}
 LIBRARY: dict[str, Any] = {"half": {"prompt": "lock", "strength": 0.5, "steps": 2}, "wide": {"prompt": "croissant", "size": "96x64"}}
@@ -173,6 +177,23 @@ def test_skip_layer_guidance_brings_its_own_guidance() -> None:
     assert st.RunConfig.make(model_flavour="sd35-medium", validation_guidance_skip_layers=[7, 8, 9]).validation.validation_guidance == 4.0
     assert st.RunConfig.make(model_flavour="sd35-medium").validation.validation_guidance == 3.0
     assert st.presets.playground(validation_guidance_skip_layers=(7,)).validation.validation_guidance == 3.0, "the preset sets it"
+
+
+def test_skip_layer_guidance_minds_each_prompts_own_guidance() -> None:
+    """One of 1 or less is refused and named, one above 4 is advised against; both as for the run's own."""
+    library = {"plain": "a pot", "own": {"prompt": "a cup", "guidance": 1}}
+    with pytest.raises(st.ConfigError, match="user_prompt_library: 'own': guidance 1 is not above 1"):
+        st.presets.playground(validation_guidance_skip_layers=(7,), user_prompt_library=library)
+    st.presets.playground(user_prompt_library=library)
+    high = {"own": {"prompt": "a cup", "guidance": 5, "steps": 20}}
+    for given_library, told in ((high, True), ({"own": "a cup"}, False)):
+        config = st.presets.playground(validation_guidance_skip_layers=(7,), user_prompt_library=given_library, validation_prompt="a pot")
+        assert any("at most 4" in str(one) for one in advice(config)) is told
+    said = in_words(st.presets.playground(
+        validation_guidance_skip_layers=(7,), user_prompt_library=high, validation_prompt="a pot", validation_num_inference_steps=28,
+    ))  # fmt: skip
+    assert "steps 1-5 of 28" in said
+    assert "steps 1-3 of 20" in said, "a prompt's own steps count too"
 
 
 # --- when something fails --------------------------------------------------------------------------------------------
@@ -332,6 +353,45 @@ def test_a_run_draws_each_row(run: st.Trainer) -> None:
     assert all(isinstance(cell, Image.Image) for label, row in run.grid().rows for cell in row if label != "reference")
 
 
+def test_the_grid_in_the_folder_is_prompts_by_steps_and_says_what_each_cell_is(run: st.Trainer) -> None:
+    """Rows for every step drawn, their labels, all settings inside the PNG, and the same in a JSON file that names each cell's file."""
+    told = json.loads(run.folder.grid.with_suffix(".json").read_text())
+    with Image.open(run.folder.grid) as opened:
+        assert json.loads(opened.info["sd3tune"]) == told
+        size = opened.size
+    labels = ["base model", *(f"{kind}, step {step}" for step in (3, 6) for kind in ("LoRA", "average"))]
+    assert [row["label"] for row in told["rows"]] == labels
+    shots, rows = shots_of(run.config), [row["cells"] for row in told["rows"]]
+    assert len(told["columns"]) == len(shots)
+    for cells in rows:
+        assert [cell["shot"]["prompt"] for cell in cells] == [shot.prompt for shot in shots]
+        for cell in cells:
+            facts = about(run.folder.path / cell["file"])
+            assert (facts["adapter"], facts["shot"], facts["kind"]) == (cell["adapter"], cell["shot"], cell["kind"])
+    assert {name: told["settings"][name] for name in SLG} == {name: list(v) if isinstance(v, tuple) else v for name, v in SLG.items()}
+    assert str(run.folder.path.parent) not in json.dumps(told)
+    assert size == grid_of(run.config, run.folder, run.cache.plan, [3, 6]).image().size
+    small = [
+        cell
+        for _, row in grid_of(run.config, run.folder, run.cache.plan, [3, 6], most=len(rows) * len(shots) * 400).rows[:-1]
+        for cell in row
+    ]
+    assert all(300 <= cell.width * cell.height <= 440 for cell in small), "of many pictures each is smaller"
+
+
+def test_many_steps_are_thinned_for_the_grid(tmp_path: Path) -> None:
+    """The first and the last always stay; the base model's own step is no row of its own beside others."""
+    folder = RunFolder(tmp_path)
+    assert steps_shown(folder, 99) == []
+    for step in (0, *range(10, 130, 10)):
+        folder.images(step).mkdir(parents=True)
+        found = steps_shown(folder, step)
+        assert len(found) <= MOST
+        assert found == sorted(set(found))
+        assert (found[0], found[-1]) == (min(10, step), step)
+    assert steps_shown(folder, 30) == [10, 20, 30], "after a rewind later ones do not count"
+
+
 def test_the_base_row_is_without_the_adapter_whenever_it_is_drawn(bench: Workbench) -> None:
     """After some updates the base model's picture is that of before them, and another seed gives another one."""
     settings: dict[str, Any] = {"validation_prompt": "lock", "validation_seed": 777, "num_validation_images": 2, "learning_rate": 1e-2}
@@ -387,6 +447,44 @@ def test_a_replay_sees_a_difference(run: st.Trainer, tmp_path: Path) -> None:
         list(st.replay(tmp_path / "none.png"))
 
 
+def test_another_precision_after_a_resume_is_another_model(bench: Workbench) -> None:
+    """Rows from before and after are each drawn again as they were; the base row stands for the model that draws now."""
+    trainer = bench.trainer(max_train_steps=3, lr_warmup_steps=0, learning_rate=1e-2, validation_prompt="lock", num_eval_images=1)
+    list(trainer.run(2))
+    list(trainer.validation())
+    trainer.checkpoint()
+    folder, first = trainer.folder, trainer.folder.images(2) / "00.png"
+    base = folder.images(0) / "00.png"
+    old = (about(base)["model"], Image.open(base).tobytes())
+    assert about(first)["model"] == old[0]
+    resumed = st.Trainer.resume(folder.path, base_model_precision="int8-quanto")
+    assert not [record for record in resumed.run() if getattr(record, "problem", "") or isinstance(record, NoticeRecord)]
+    second = folder.images(3) / "00.png"
+    assert about(second)["model"] == about(base)["model"] != old[0]
+    assert Image.open(base).tobytes() != old[1]
+    assert [path.name for path in sorted(folder.images(0).glob("*.png"))] == ["00.png"], "the new one takes the old one's place"
+    assert [about(path)["model_settings"]["base_model_precision"] for path in (first, second)] == ["no_change", "int8-quanto"]
+    for path in (first, second, base):
+        assert list(st.replay(path))[-1].text == f"{path.name}: drawn again, and the same, bit for bit"  # type: ignore[attr-defined]
+    assert Picker(folder.path, steps=[2]).price == "all 1 pictures are there", "as the run was at step 2"
+    assert Picker(folder.path).price.startswith("1 pictures"), "what another precision drew is no picture of now"
+
+
+def test_the_verdict_names_what_changed() -> None:
+    """Library, device and model, and only where the pictures differ."""
+    path, grey = playground.PICTURES / "train" / "key.png", Image.new("RGB", Image.open(playground.PICTURES / "train" / "key.png").size)
+    facts = {"versions": {"torch": "1"}, "device": "cuda", "model": "one"}
+    then, now = (
+        Source(st.presets.playground(), device, "base", 0, "", m, {"torch": v})
+        for device, m, v in (("cuda", "one", "1"), ("cpu", "two", "2"))
+    )
+    assert verdict(path, Image.open(path).convert("RGB"), facts, now).endswith("the same, bit for bit")
+    assert verdict(path, grey, facts, then).endswith("of 255")
+    assert verdict(path, grey, facts, now).endswith(
+        "(torch 1 then, 2 now; cuda then, cpu now; the base model or its encoders are not those of then)"
+    )
+
+
 def test_adapters_stay_as_long_as_their_pictures(run: st.Trainer) -> None:
     """One file for each row that was drawn, a checkpoint's linked; what no picture names goes."""
     named = {about(path)["adapter"] for step in (3, 6) for path in run.folder.images(step).glob("*.png")}
@@ -439,7 +537,30 @@ def test_a_picture_says_how_to_draw_it_elsewhere(run: st.Trainer) -> None:
     kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
     assert kinds["SkipLayerGuidanceSD3"]["layers"] == "7, 8"
     assert kinds["KSampler"]["cfg"] == 4.0
-    assert "LoraLoaderModelOnly" in kinds
+    assert kinds["LoraLoaderModelOnly"]["lora_name"] == "lora-comfyui.safetensors"
+    assert 'weight_name="lora.safetensors"' in facts["code"]
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "file"), [(0, "00.png", None), (6, "00.png", "lora.safetensors"), (6, "00-ema.png", "lora-ema.safetensors")]
+)
+def test_a_workflow_for_comfyui_lies_beside_each_picture(run: st.Trainer, at: int, name: str, file: str | None) -> None:
+    """The same as inside it; with the file of the adapter or of its average, or none; and what cannot be matched is listed."""
+    path = run.folder.images(at) / name
+    facts = about(path)
+    assert facts["comfyui"]["workflow"] == path.with_suffix(".comfyui.json").name
+    nodes = json.loads((path.parent / facts["comfyui"]["workflow"]).read_text())
+    with Image.open(path) as opened:
+        assert nodes == json.loads(opened.info["prompt"])
+    loaded = [node["inputs"]["lora_name"] for node in nodes.values() if node["class_type"] == "LoraLoaderModelOnly"]
+    assert loaded == ([comfyui.lora_name(file)] if file else [])
+    assert [f'"{one}"' in facts["code"] for one in ("lora.safetensors", "lora-ema.safetensors")] == [
+        file == "lora.safetensors", file == "lora-ema.safetensors",
+    ]  # fmt: skip
+    listed = json.loads(path.with_suffix(".json").read_text())["comfyui"]["unmatched"]
+    assert [line.split(":")[0] for line in listed] == ["T5's length", "Skip-layer guidance", "The base model"] + [
+        "The adapter's file"
+    ] * bool(file)
 
 
 def test_the_base_row_is_drawn_once_for_all_runs(run: st.Trainer, bench: Workbench) -> None:
@@ -517,6 +638,9 @@ def test_the_command_line_draws_and_replays(run: st.Trainer, tmp_path: Path, cap
     assert "0000-lock.png" in fresh.run(["-m", "sd3tune", "sample", str(run.folder.path), "lock", *rest], tmp_path / "said.txt")
     with Image.open(run.folder.images(6) / "00.png") as own:
         assert differing(Image.open(tmp_path / "0000-lock.png"), own) <= 2
+    said = (tmp_path / "said.txt").read_text()
+    assert "skip-layer guidance on blocks 7, 8 x 2.8, steps 1-2 of 3" in said
+    assert said.index("steps 1-2 of 3") < said.index("0000-lock.png"), "before it is drawn"
     assert cli.main(["sample", str(run.folder.path), "lock", "--slg", "7,x"]) == 1
     assert "write the numbers of blocks with commas" in capsys.readouterr().err
     assert cli.main(["sample", str(run.folder.path), "lock", "--slg", "99", "--out", str(tmp_path)]) == 1
@@ -565,15 +689,59 @@ def test_the_grid_shows_its_price_scores_and_hands_settings_back(run: st.Trainer
     assert all(record.difference > 0.005 for record in cells[2:])
     assert all(0 <= record.clip <= 1 for record in cells)
     assert grid.choose(1, 1) == {
-        "validation_guidance": 4.0, "validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_scale": 2.8,
+        "validation_guidance": 4.0, "validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_start": 0.01,
+        "validation_guidance_skip_layers_stop": 0.9, "validation_guidance_skip_scale": 2.8, "validation_num_inference_steps": 4,
     }  # fmt: skip
     assert not run.set(**grid.choose(0, 0)).refused
     assert run.config.validation.validation_guidance_skip_layers is None
-    run.set(**SLG)
+    run.set(**SLG, validation_num_inference_steps=3)
     assert list(grid)[1:] == [], "what is drawn stays drawn"
     assert all(torch.equal(weight, before[name]) for name, weight in run.engine.weights.items())
     with pytest.raises(st.TrainingError, match="no picture in row 9"):
         grid.choose(9, 0)
+
+
+def test_the_chosen_cell_draws_what_the_grid_drew(run: st.Trainer) -> None:
+    """Begin, end, a scale of 0 and whatever else was given: with the cell's settings the run draws the same bits."""
+    before, grid = run.config, st.slg_grid(
+        run, layers=(2,), scales=[0.0, 2.8], cfgs=[4.0], prompt="lock", validation_seed=5, validation_guidance_skip_layers_start=0.3,
+        validation_guidance_skip_layers_stop=1.0,
+    )  # fmt: skip
+    cells = [record for record in grid if record.type == "cell"]
+    assert [cell.skip_scale for cell in cells] == [2.8, 0.0, 2.8], "the run's own in the row without"
+    assert grid.choose(1, 0)["validation_guidance_skip_scale"] == 0.0
+    try:
+        for row in range(3):
+            assert not run.set(**grid.choose(row, 0)).refused
+            shot = next(shot for shot in shots_of(run.config) if shot.prompt == "lock")
+            assert (shot.seed, shot.guidance.skip_start, shot.guidance.skip_stop) == (5, 0.3, 1.0)
+            (again,) = [event.picture for event in run.painted([shot]) if isinstance(event, Drawn)]
+            assert again.tobytes() == cells[row].picture.tobytes()
+    finally:
+        run.set(**{name: before.leaves()[name] for name in grid.choose(0, 0)})
+    assert run.config == before
+
+
+def test_a_failed_cell_of_the_skip_layer_grid_stands_in_its_place(run: st.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are drawn; it is no choice; iterating again draws it alone."""
+    grid, whole = st.slg_grid(run, layers=(2,), scales=[1.0, 2.0], cfgs=[4.0], prompt="lock", validation_num_inference_steps=2), run.painted
+    bad = {1.0}
+
+    def painted(shots: list[Shot]) -> Any:
+        return [Failed(shots[0], "no room")] if shots[0].guidance.skip_scale in bad else whole(shots)
+
+    monkeypatch.setattr(run, "painted", painted)
+    cells = [record for record in grid if record.type == "cell"]
+    assert [cell.problem for cell in cells] == ["", "no room", ""]
+    assert cells[2].difference is not None
+    assert [row[1][0] for row in grid.grid().rows][1] == "no room"
+    assert "could not be drawn: no room" in str(grid)
+    grid.grid().image()
+    with pytest.raises(st.TrainingError, match="could not be drawn: no room"):
+        grid.choose(1, 0)
+    bad.clear()
+    assert [record.skip_scale for record in grid if record.type == "cell"] == [1.0]
+    assert grid.choose(1, 0)["validation_guidance_skip_scale"] == 1.0
 
 
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
@@ -596,12 +764,34 @@ def test_comfyui_steps_through_the_same_noise_levels(steps: int) -> None:
 def test_a_workflow_is_whole() -> None:
     """Every input names a node that is there, and what cannot be matched is listed."""
     config = st.RunConfig.make(model_flavour="sd35-medium", validation_prompt="a pot", validation_guidance_skip_layers=(7, 8, 9))
-    for adapter in (True, False):
-        nodes = comfyui.workflow(config, shots_of(config)[0], adapter=adapter)
+    for adapter in ("lora.safetensors", None):
+        nodes = comfyui.workflow(config, shots_of(config)[0], adapter)
         links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
         assert all(name in nodes for name, _ in links)
-        assert ("3" in nodes) is adapter
-    assert any("max" in line or "T5" in line for line in comfyui.UNMATCHED)
+        assert ("3" in nodes) is (adapter is not None)
+
+
+def test_what_comfyui_cannot_match_is_listed() -> None:
+    """Each line stands there because of a setting, and goes when it does."""
+    plain: dict[str, Any] = {"model_flavour": "sd35-medium", "validation_prompt": "a pot", "mixed_precision": "no", "use_t5": True}
+    because: dict[str, dict[str, Any]] = {
+        "Skip-layer guidance": {"validation_guidance_skip_layers": (7, 8, 9)}, "Noise": {"mixed_precision": "bf16"},
+        "UniPC and DPM-Solver++": {"validation_noise_scheduler": "unipc"},
+        "Zeros for no text": {"sd3_clip_uncond_behaviour": "zero"},
+        "A quantised base (int8-quanto)": {"base_model_precision": "int8-quanto"},
+    }  # fmt: skip
+
+    def listed(adapter: str | None = None, **settings: Any) -> list[str]:
+        config = st.RunConfig.make(**{**plain, **settings})
+        return comfyui.unmatched(config, shots_of(config)[0], adapter)
+
+    (length,) = listed()
+    assert length.startswith("T5's length")
+    assert "always 154" in length
+    assert any("Zeros" in line for line in listed(use_t5=False))
+    for begins, given_settings in because.items():
+        assert [line.startswith(begins) for line in listed(**given_settings)] == [False, True], given_settings
+    assert "sd3tune lora convert lora-ema.safetensors --to comfyui --out lora-ema-comfyui.safetensors" in listed("lora-ema.safetensors")[1]
 
 
 def test_a_wrong_run_leaves_no_samples(tmp_path: Path) -> None:

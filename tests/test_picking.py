@@ -176,6 +176,14 @@ def test_only_the_same_adapter_and_model_count(run: Path) -> None:
     assert picker.price.startswith("2 pictures, 12 forwards")
 
 
+def test_a_block_that_the_model_has_not_is_refused(run: Path) -> None:
+    """Before anything is loaded or drawn."""
+    picker = Picker(run, steps=6, validation_guidance_skip_layers=[50], validation_guidance=4.0)
+    with pytest.raises(st.ConfigError, match=r"validation_guidance_skip_layers: \[50\] is beyond this model's blocks, 0 to 11"):
+        list(picker)
+    assert not (run / "picks").exists()
+
+
 def test_a_pick_can_be_drawn_again(picked: tuple[Path, list[Record]], tmp_path: Path) -> None:
     """Its adapter stays although its checkpoint goes and the run tidies up; what stands inside it draws the same bits."""
     shutil.copytree(picked[0], tmp_path / "run")

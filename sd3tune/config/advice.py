@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from sd3tune.config.schema import RunConfig
@@ -47,6 +47,12 @@ def _skipped(config: RunConfig) -> int:
     return len(config.validation.validation_guidance_skip_layers or ())
 
 
+def _highest_guidance(config: RunConfig) -> float:
+    """Of all that is drawn: a prompt of a library may have its own."""
+    own = [prompt.guidance for prompt in config.prompts if prompt.guidance is not None]
+    return max([config.validation.validation_guidance, *own])
+
+
 def _lion(config: RunConfig) -> bool:
     return "lion" in config.optimizer.optimizer
 
@@ -86,7 +92,7 @@ ROWS: tuple[Row, ...] = (
         ("base_model_precision", "base_model_default_dtype"), steadies=True,
     ),
     Row(
-        lambda c: bool(_skipped(c)) and c.validation.validation_guidance > 4.0,
+        lambda c: bool(_skipped(c)) and _highest_guidance(c) > 4.0,
         "skip-layer guidance wants less guidance: at most 4", "Stability AI's sd3.5",
         ("validation_guidance", "validation_guidance_skip_layers"),
     ),
@@ -140,9 +146,10 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def advice(config: RunConfig) -> tuple[Advice, ...]:
-    """What should be thought of; nothing of it forbids a run."""
-    return tuple(Advice(row.text, row.source) for row in ROWS if row.condition(config))
+def advice(config: RunConfig, about: Collection[str] = ()) -> tuple[Advice, ...]:
+    """What should be thought of, or only what is ``about`` some settings; nothing of it forbids a run."""
+    rows = [row for row in ROWS if not about or {*about} & {*row.settings}]
+    return tuple(Advice(row.text, row.source) for row in rows if row.condition(config))
 
 
 def about_data(config: RunConfig, *, sizes: int, masks: bool, regularisation: bool) -> tuple[Advice, ...]:

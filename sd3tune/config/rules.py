@@ -104,10 +104,11 @@ def reporting_problems(reporting: Reporting) -> Iterator[str]:
 
 def validation_problems(config: RunConfig) -> Iterator[str]:
     """Sentences about the pictures that are drawn on the way."""
-    v = config.validation
+    v, wrong = config.validation, list[str]()
     yield from (f"validation_resolution: {problem}" for problem in size_problems(v.validation_resolution))
     if v.user_prompt_library is not None:
-        yield from (f"user_prompt_library: {problem}" for problem in library_problems(v.user_prompt_library))
+        wrong = list(library_problems(v.user_prompt_library))
+        yield from (f"user_prompt_library: {problem}" for problem in wrong)
     if v.validation_preview and v.validation_disable:
         yield "validation_preview is on and validation_disable is on, so nothing is ever drawn; switch one off"
     layers = v.validation_guidance_skip_layers
@@ -120,5 +121,11 @@ def validation_problems(config: RunConfig) -> Iterator[str]:
             f"validation_guidance ({v.validation_guidance:g}) is not above 1, and without guidance diffusers never runs "
             "skip-layer guidance; raise it, or remove validation_guidance_skip_layers"
         )
+    for prompt in () if wrong else config.prompts:
+        if prompt.guidance is not None and prompt.guidance <= 1:
+            yield (
+                f"user_prompt_library: {prompt.name!r}: guidance {prompt.guidance:g} is not above 1, so skip-layer guidance would not act "
+                "there; raise it, or remove validation_guidance_skip_layers"
+            )
     if v.validation_guidance_skip_layers_start >= v.validation_guidance_skip_layers_stop:
         yield "validation_guidance_skip_layers_start is not below validation_guidance_skip_layers_stop"

@@ -18,30 +18,56 @@ SAMPLERS = {
 }  # fmt: skip
 """Its sampler, and the scheduler whose noise levels are those of diffusers: the very same for Euler and Heun."""
 
-LORA = "lora-comfyui.safetensors"
-"""What `sd3tune lora convert lora.safetensors --to comfyui --out lora-comfyui.safetensors` writes."""
-
-UNMATCHED = (
-    "T5's length: ComfyUI pads a text to 77 tokens and lets longer ones grow; training and our pictures use one fixed length.",
-    "Skip-layer guidance: ComfyUI begins and ends it at shares of the noise levels, not of the steps: its first and last step may differ.",
-    "Noise: ComfyUI draws it in fp32; where we compute in bf16 or fp16, ours is drawn in that format, as diffusers does.",
-    "UniPC and DPM-Solver++: noise levels differ by up to about 0.01, and the first and last steps are treated in ways of their own.",
-    "Zeros for no text (sd3_clip_uncond_behaviour, sd3_t5_uncond_behaviour, use_t5: false) have no node here.",
-    "A quantised base: the workflow loads the released checkpoint.",
-)
-"""What ComfyUI cannot match, and what the nearest is."""
+UNIFORM = ("euler", "heun")
+"""Solvers whose noise levels are the very same there."""
 
 
-def workflow(config: RunConfig, shot: Shot, *, adapter: bool = True) -> dict[str, Any]:
-    """The workflow of a shot in ComfyUI's API form; its file names are those of the released models."""
+def lora_name(adapter: str) -> str:
+    """What the adapter's file is called in ComfyUI's layout: ``lora.safetensors`` becomes ``lora-comfyui.safetensors``."""
+    return f"{adapter.removesuffix('.safetensors')}-comfyui.safetensors"
+
+
+def unmatched(config: RunConfig, shot: Shot, adapter: str | None) -> list[str]:
+    """What of a shot ComfyUI cannot match, and what the nearest is; and what its workflow expects to find there."""
+    m, said = config.model, []
+    if m.use_t5:
+        said.append(
+            f"T5's length: ComfyUI pads a text to 77 tokens and lets longer ones grow; ours is always {m.tokenizer_max_length}, "
+            "as in training."
+        )
+    if shot.guidance.skip_layers and shot.guidance.scale > 1:
+        said.append(
+            "Skip-layer guidance: ComfyUI begins and ends it at shares of the noise levels, not of the steps: its first and last step "
+            "may differ."
+        )
+    if m.mixed_precision != "no":
+        said.append(f"Noise: ComfyUI draws it in fp32; ours is drawn in {m.mixed_precision}, as diffusers does.")
+    if shot.solver not in UNIFORM:
+        said.append(
+            "UniPC and DPM-Solver++: noise levels differ by up to about 0.01, and ComfyUI treats the first and last steps in its own way."
+        )
+    if not m.use_t5 or "zero" in (m.sd3_clip_uncond_behaviour, m.sd3_t5_uncond_behaviour):
+        said.append("Zeros for no text (sd3_clip_uncond_behaviour, sd3_t5_uncond_behaviour, use_t5: false) have no node here.")
+    if m.base_model_precision != "no_change":
+        said.append(f"A quantised base ({m.base_model_precision}): the workflow loads the released checkpoint.")
+    if m.model_flavour not in CHECKPOINTS:
+        said.append("The base model: it is none of the released ones, so the workflow's model.safetensors stands for its single file.")
+    if adapter is not None:
+        said.append(f"The adapter's file: sd3tune lora convert {adapter} --to comfyui --out {lora_name(adapter)}, among ComfyUI's loras.")
+    return said
+
+
+def workflow(config: RunConfig, shot: Shot, adapter: str | None) -> dict[str, Any]:
+    """The workflow of a shot with an adapter's file (or without one) in ComfyUI's API form; other file names are those of the released
+    models."""
     guidance = shot.guidance
     nodes: dict[str, Any] = {
         "1": _node("CheckpointLoaderSimple", ckpt_name=CHECKPOINTS.get(config.model.model_flavour or "", "model.safetensors")),
         "2": _node("TripleCLIPLoader", clip_name1=ENCODERS[0], clip_name2=ENCODERS[1], clip_name3=ENCODERS[2]),
     }
     model: list[Any] = ["1", 0]
-    if adapter:
-        nodes["3"] = _node("LoraLoaderModelOnly", model=model, lora_name=LORA, strength_model=shot.strength)
+    if adapter is not None:
+        nodes["3"] = _node("LoraLoaderModelOnly", model=model, lora_name=lora_name(adapter), strength_model=shot.strength)
         model = ["3", 0]
     nodes["4"] = _node("ModelSamplingSD3", model=model, shift=shot.shift)
     model = ["4", 0]

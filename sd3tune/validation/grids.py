@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.files import write_bytes
+from sd3tune.files import write_bytes, write_text
 
 MARGIN, LABEL, CELL = 8, 120, 128
 """Pixels: between cells, width of the row labels, least width of a cell."""
+
+KEY = "sd3tune"
+"""The PNG's text that holds what a picture or a grid was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,20 @@ class Grid:
                 whole.paste(shown, (x + (width - shown.width) // 2, y + (height - shown.height) // 2))
         return whole
 
-    def png(self) -> bytes:
-        """The grid as a PNG file's bytes."""
-        stream = io.BytesIO()
-        self.image().save(stream, "PNG")
+    def png(self, described: str = "") -> bytes:
+        """The grid as a PNG file's bytes, with a description inside."""
+        stream, info = io.BytesIO(), PngInfo()
+        if described:
+            info.add_text(KEY, described)
+        self.image().save(stream, "PNG", pnginfo=info)
         return stream.getvalue()
 
-    def save(self, path: str | Path) -> None:
-        """Write the grid as PNG. Raises: FileError."""
-        write_bytes(Path(path), self.png())
+    def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+        """Write the grid as PNG; what it is ``about`` goes inside it, and beside it as JSON. Raises: FileError."""
+        described = "" if about is None else json.dumps(about, indent=1, default=str)
+        write_bytes(Path(path), self.png(described))
+        if described:
+            write_text(Path(path).with_suffix(".json"), described + "\n")
 
     def _repr_png_(self) -> bytes:
         return self.png()

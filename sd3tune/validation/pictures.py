@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +21,16 @@ from sd3tune.files import digest, make_folder, write_text, write_with
 from sd3tune.models import components
 from sd3tune.records import ImageRecord
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
-from sd3tune.validation.comfyui import workflow
-from sd3tune.validation.grids import Grid
+from sd3tune.validation.comfyui import unmatched, workflow
+from sd3tune.validation.grids import KEY, Grid
 from sd3tune.validation.shots import Shot, shots_of
 from sd3tune.validation.snippet import sample_code
 
 Kind = Literal["base", "adapter", "ema"]
 """Of the model without the adapter, with it, or with its running average."""
 
-KEY = "sd3tune"
-"""The PNG's text that holds what a picture was drawn from."""
+FILES: dict[str, str | None] = {"base": None, "adapter": "lora.safetensors", "ema": "lora-ema.safetensors"}
+"""Whose picture it is -> the file of a finished run that draws it elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def source_of(config: RunConfig, cache: Cache, device: str, kind: Kind, step: in
     return Source(config, device, kind, step, adapter, model, {name: version(name) for name in ("torch", "diffusers")})
 
 
+def model_settings(config: RunConfig) -> dict[str, Any]:
+    """How the model is computed: settings that a resumed run may have changed. Without the place of a model on this machine."""
+    return {name: value for name, value in dataclasses.asdict(config.model).items() if name != "pretrained_model_name_or_path"}
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings of validation."""
+    return {name: value for name, value in config.leaves().items() if name.startswith("validation_")}
+
+
 def record_of(shot: Shot, source: Source, path: Path | None, problem: str = "") -> ImageRecord:
     """The record of a picture, or of one that could not be drawn."""
     return ImageRecord(
@@ -73,7 +84,8 @@ def write_problem(path: Path, shot: Shot, source: Source, why: str) -> ImageReco
     """Write what should have been drawn and why it could not be, where the picture would lie. Raises: FileError."""
     record = record_of(shot, source, None, why)
     make_folder(path.parent)
-    path.unlink(missing_ok=True)
+    for stale in (path, comfyui_file(path)):
+        stale.unlink(missing_ok=True)
     write_text(path.with_suffix(".json"), json.dumps({**record.as_dict(), "shot": shot.as_dict()}, indent=1) + "\n")
     return record
 
@@ -81,23 +93,33 @@ def write_problem(path: Path, shot: Shot, source: Source, why: str) -> ImageReco
 def write_picture(path: Path, picture: Image.Image, shot: Shot, batch: Sequence[Shot], source: Source) -> ImageRecord:
     """Write a picture with what it was drawn from inside, and the same beside it as JSON. Raises: FileError.
 
-    A workflow that draws the same in ComfyUI, as nearly as it can, is inside too: drop the picture on ComfyUI's window.
+    A workflow that draws the same in ComfyUI, as nearly as it can, is inside too and in a file beside it: drop either on ComfyUI's
+    window. What it cannot match is listed with the settings.
     """
-    record = record_of(shot, source, path)
+    record, adapter, beside = record_of(shot, source, path), FILES[source.kind], comfyui_file(path)
     place = path.parts[-3:] if path.parts[-3:-2] == ("images",) else path.parts[-1:]  # nothing of where a person keeps it
-    settings = {k: v for k, v in source.config.leaves().items() if k.startswith("validation_")}
     about = {
         **record.as_dict(), "path": "/".join(place), "shot": shot.as_dict(), "batch": [one.as_dict() for one in batch],
         "place": list(batch).index(shot), "adapter": source.adapter, "model": source.model, "device": source.device,
-        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=source.kind != "base"), "settings": settings,
+        "versions": dict(source.versions), "code": sample_code(source.config, shot, adapter=adapter),
+        "settings": settings_of(source.config),
+        "model_settings": model_settings(source.config),
+        "comfyui": {"workflow": beside.name, "unmatched": unmatched(source.config, shot, adapter)},
     }  # fmt: skip
     described, info = json.dumps(about, indent=1, default=str), PngInfo()
     info.add_text(KEY, described)
-    info.add_text("prompt", json.dumps(workflow(source.config, shot, adapter=source.kind != "base")))
+    nodes = workflow(source.config, shot, adapter)
+    info.add_text("prompt", json.dumps(nodes))
     make_folder(path.parent)
     write_with(path, lambda draft: picture.save(draft, "PNG", pnginfo=info))
+    write_text(beside, json.dumps(nodes, indent=1) + "\n")
     write_text(path.with_suffix(".json"), described + "\n")
     return record
+
+
+def comfyui_file(picture: Path) -> Path:
+    """The file with a picture's ComfyUI workflow, beside the picture."""
+    return picture.with_suffix(".comfyui.json")
 
 
 def about(path: Path) -> dict[str, Any]:
@@ -108,7 +130,9 @@ def about(path: Path) -> dict[str, Any]:
             found = dict(json.loads(opened.info[KEY]))
         for row in (found["shot"], *found["batch"]):
             Shot.of(row)
-        return {"adapter": found["adapter"], "kind": found["kind"], "step": found["step"], "versions": found["versions"], **found}
+        how = dict(found.get("model_settings", {}))
+        needed = {name: found[name] for name in ("adapter", "kind", "step", "versions", "device")}
+        return {"model": "", **found, **needed, "model_settings": how}
     except FileNotFoundError:
         raise FileError(f"{path}: there is no such picture") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
@@ -131,6 +155,9 @@ class Found:
     problem: str = ""
     adapter: str = ""
     """Digest of the adapter that it was drawn with."""
+    model: str = ""
+    """Digest of the model that drew it, see `Source.model`."""
+    model_settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def drawn(folder: RunFolder, step: int) -> list[Found]:
@@ -142,7 +169,8 @@ def found_at(path: Path) -> Found | None:
     """The picture that a JSON file beside it describes; nothing when that cannot be read."""
     try:
         row = json.loads(path.read_text())
-        return Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"], row.get("adapter", ""))
+        about, how = (row.get("adapter", ""), row.get("model", "")), row.get("model_settings", {})
+        return Found(path.with_suffix(".png"), Shot.of(row["shot"]), row["kind"], row["problem"], *about, how)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -172,10 +200,14 @@ class Places:
         return shot if self._kind == "base" else shot.place
 
 
-def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int]) -> Grid:
-    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions."""
-    shots = shots_of(config)
-    rows = [(label, tuple(map(cell_of, found))) for label, found in rows_of(folder, shots, steps)]
+def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int], *, most: int | None = None) -> Grid:
+    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions.
+
+    Pictures are made smaller where all together have more than ``most`` pixels.
+    """
+    shots, found = shots_of(config), rows_of(folder, shots_of(config), steps)
+    each = None if most is None else most / max(1, len(found) * len(shots))
+    rows = [(label, tuple(cell_of(one, each) for one in cells)) for label, cells in found]
     placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
     references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
     if any(references):
@@ -212,13 +244,17 @@ def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> 
     return grid_of(config, folder, made, steps[-1:])
 
 
-def cell_of(found: Found | None) -> Image.Image | str | None:
-    """A picture, or why there is none."""
+def cell_of(found: Found | None, most: float | None = None) -> Image.Image | str | None:
+    """A picture (of at most so many pixels), or why there is none."""
     if found is None or found.problem:
         return None if found is None else found.problem
     if not found.path.exists():
         return None
-    return opened(found.path)
+    picture = opened(found.path)
+    share = 1.0 if most is None else (most / (picture.width * picture.height)) ** 0.5
+    if share < 1:
+        picture.thumbnail((max(1, round(share * picture.width)), max(1, round(share * picture.height))))
+    return picture
 
 
 def opened(path: Path) -> Image.Image:

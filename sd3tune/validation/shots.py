@@ -103,12 +103,15 @@ def in_words(config: RunConfig) -> str:
         return ""
     first, sizes = shots[0], dict.fromkeys(f"{shot.width}x{shot.height}" for shot in shots)
     said = f"{len(shots)} of {len(config.prompts)} prompts, {', '.join(sizes)}, {first.steps} steps, guidance {first.guidance.scale:g}"
-    if active := first.guidance.active_steps(first.steps):
-        blocks = ", ".join(map(str, first.guidance.skip_layers))
-        said += f"; skip-layer guidance on blocks {blocks} x {first.guidance.skip_scale:g}, steps {active[0]}-{active[-1]} of {first.steps}"
-    elif first.guidance.skip_layers:
-        said += f"; skip-layer guidance is in no step of {first.steps}: widen validation_guidance_skip_layers_start and _stop"
-    return said
+    each = dict.fromkeys((replace(shot.guidance, scale=first.guidance.scale), shot.steps) for shot in shots)
+    return said + "".join(f"; {_skipping(guidance, steps)}" for guidance, steps in each if guidance.skip_layers)
+
+
+def _skipping(guidance: Guidance, steps: int) -> str:
+    blocks, active = ", ".join(map(str, guidance.skip_layers)), guidance.active_steps(steps)
+    if not active:
+        return f"skip-layer guidance is in no step of {steps}: widen validation_guidance_skip_layers_start and _stop"
+    return f"skip-layer guidance on blocks {blocks} x {guidance.skip_scale:g}, steps {active[0]}-{active[-1]} of {steps}"
 
 
 def together(shots: Sequence[Shot], most: int | None = None) -> Iterator[tuple[Shot, ...]]:

@@ -11,9 +11,9 @@ from sd3tune.validation.shots import Shot
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def sample_code(config: RunConfig, shot: Shot, repository: str | None = None, *, adapter: bool = True) -> str:
-    """Code that draws a shot with the adapter of a repository on the hub, or of a file ``lora.safetensors`` in the working folder."""
-    m, lycoris = config.model, adapter and config.adapter.lora_type == "lycoris"
+def sample_code(config: RunConfig, shot: Shot, repository: str | None = None, *, adapter: str | None = "lora.safetensors") -> str:
+    """Code that draws a shot with an adapter's file in a repository on the hub or in the working folder, or without one."""
+    m, lycoris = config.model, adapter is not None and config.adapter.lora_type == "lycoris"
     playground = m.model_flavour == "playground"
     scheduler, shift, options = SOLVERS[shot.solver]
     arguments = "".join(f", {name}={value!r}" for name, value in options.items())
@@ -29,7 +29,7 @@ def sample_code(config: RunConfig, shot: Shot, repository: str | None = None, *,
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f"pipeline = StableDiffusion3Pipeline.from_pretrained({loaded}, torch_dtype=torch.{DTYPES[m.mixed_precision]}{without})",
         f"pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, {shift}={shot.shift:g}{arguments})",
-        *(_adapter(shot, repository, lycoris=lycoris) if adapter else []),
+        *(_adapter(shot, repository, adapter, lycoris=lycoris) if adapter is not None else []),
         "pipeline.to(device)",
         "picture = pipeline(",
         *_call(shot, m.tokenizer_max_length),
@@ -39,12 +39,12 @@ def sample_code(config: RunConfig, shot: Shot, repository: str | None = None, *,
     return "\n".join(code) + "\n"
 
 
-def _adapter(shot: Shot, repository: str | None, *, lycoris: bool) -> list[str]:
+def _adapter(shot: Shot, repository: str | None, name: str, *, lycoris: bool) -> list[str]:
     if lycoris:
-        file = '"lora.safetensors"' if repository is None else f'hf_hub_download({repository!r}, "lora.safetensors")'
+        file = f'"{name}"' if repository is None else f'hf_hub_download({repository!r}, "{name}")'
         return [f"network, _ = create_lycoris_from_weights({shot.strength:g}, {file}, pipeline.transformer)", "network.merge_to()"]
     place: Any = "." if repository is None else repository
-    lines = [f'pipeline.load_lora_weights({place!r}, weight_name="lora.safetensors", adapter_name="lora")']
+    lines = [f'pipeline.load_lora_weights({place!r}, weight_name="{name}", adapter_name="lora")']
     return lines if shot.strength == 1 else [*lines, f'pipeline.set_adapters("lora", {shot.strength:g})']
 
 

@@ -91,8 +91,12 @@ def at_strength(transformer: Any, network: Any, strength: float) -> Iterator[Non
 
 
 def base_rows(shots: Sequence[Shot], source: Source, folder: RunFolder) -> Iterator[ImageRecord | Shot]:
-    """The base model's pictures that the run folder does not hold yet: copied from another run's, or a shot that is to be drawn."""
-    there = {found.shot for found in drawn(folder, 0) if found.kind == "base" and found.path.exists()}
+    """The base model's pictures that the run folder does not hold yet: copied from another run's, or a shot that is to be drawn.
+
+    One that another model drew (a resumed run may have another precision) makes room for a new one.
+    """
+    own = [found for found in drawn(folder, 0) if found.kind == "base" and found.path.exists()]
+    there = {found.shot for found in own if found.model == source.model}
     place = Places(folder, 0, "base")
     for shot in dict.fromkeys(shot.base for shot in shots):
         if shot in there:

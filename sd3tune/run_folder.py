@@ -205,8 +205,9 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(p.parent for p in self.checkpoint_folder.glob("step-*/state.json"))
+        """Complete checkpoints, oldest first; one that another of the same step has replaced comes before that."""
+        there = (p.parent for p in self.checkpoint_folder.glob("step-*/state.json"))
+        return sorted(there, key=lambda path: (step_of(path), path.suffix != ".old"))
 
     def read_checkpoint(self, step: int | None = None, *, before: int = 0) -> dict[str, Any]:
         """The newest checkpoint that reads back whole: its state with the tensors of ``adapter`` and ``optimizer``.

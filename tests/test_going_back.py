@@ -177,7 +177,7 @@ def test_an_older_checkpoint_that_is_resumed_leaves_the_newest_for_good(bench: W
     trainer = bench.trainer(**PLAIN, checkpoint_step_interval=2, checkpoints_total_limit=3)
     for _ in drive(trainer, until=7):
         pass
-    resumed = st.Trainer.resume(trainer.folder.checkpoint_folder / "step-000002")
+    resumed = st.Trainer.resume(trainer.folder.checkpoint_folder / "step-000002", learning_rate=1e-3)
     newest = trainer.folder.checkpoint_folder / "step-000006"
     assert f"left behind, and kept for good: {newest}" in capsys.readouterr().out
     updates(resumed, 1)
@@ -187,6 +187,10 @@ def test_an_older_checkpoint_that_is_resumed_leaves_the_newest_for_good(bench: W
     again = st.Trainer.resume(trainer.folder.path)
     assert again.steps_done == 2
     assert not (trainer.folder.checkpoint_folder / "step-000003" / PINNED).exists()
+    updates(resumed, 3)
+    resumed.checkpoint()
+    assert newest.with_suffix(".old").exists()
+    assert trainer.folder.read_checkpoint(6)["segment"] == 1, "the one that counts, and not the one left behind"
 
 
 def test_another_base_model_is_told_by_the_certificate(bench: Workbench, tmp_path: Path) -> None:

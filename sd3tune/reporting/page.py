@@ -21,7 +21,8 @@ from sd3tune.keeping import best_of
 from sd3tune.listing import at_its_end
 from sd3tune.models.clip import READING
 from sd3tune.reporting.cleaning import without_tokens
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.run_folder import RunFolder, step_of
+from sd3tune.validation.standing import steps_drawn
 
 SIDE, GRID = 512, 1600
 """Longest sides of a picture and of the grid on the page, in pixels; the files in the run folder are whole."""
@@ -136,7 +137,7 @@ def _beside(loss: float, base: float) -> str:
 def _pictures(folder: RunFolder) -> str:
     """The grid, and the pictures of each step behind a row of steps that needs no script."""
     grid = f'<div class="scroll">{_image(folder.grid, GRID, "base, adapter and reference")}</div>' if folder.grid.exists() else ""
-    steps = thinned(picture_folders(folder), MOST)
+    steps = thinned([folder.images(step) for step in steps_drawn(folder)], MOST)
     rules, buttons, sheets = [], [], []
     for number, at in enumerate(steps):
         rules.append(f"#s{number}:checked~.f{number}{{display:flex}}")

@@ -62,12 +62,21 @@ def column(*children: Any, grow: int = 1, least: int = 280) -> Any:
     return widgets.VBox(children, layout=widgets.Layout(flex=width, min_width=f"min({least}px, 100%)", overflow="visible"))
 
 
+WRAPPED = "".join(
+    f".sd3tune-tabs>.{kind}-TabBar>.{kind}-TabBar-content{{flex-wrap:wrap}}"
+    f".sd3tune-tabs>.{kind}-TabBar .{kind}-TabBar-tab{{flex:0 0 auto!important}}"
+    for kind in ("lm", "p")
+)
+"""Names of tabs in full, in several rows where the page is narrow; the front ends of ipywidgets 8 and 7 call their parts differently."""
+
+
 def tabs(parts: dict[str, Any]) -> Any:
     """Widgets behind named tabs."""
     made = widgets.Tab(children=list(parts.values()), layout=widgets.Layout(width="100%"))
     for place, name in enumerate(parts):
         made.set_title(place, name)
-    return made
+    made.add_class("sd3tune-tabs")
+    return widgets.VBox([widgets.HTML(f"<style>{WRAPPED}</style>"), made], layout=widgets.Layout(width="100%", overflow="visible"))
 
 
 def visible(widget: Any, shown: bool) -> None:

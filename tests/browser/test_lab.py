@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="pip install playwright (make test-browser does)")
 
-from lab import CHROMIUM, PATIENCE, Lab, browser, controls, server, too_wide, unnamed, write_notebook
+from lab import CHROMIUM, PATIENCE, Lab, browser, controls, cut_off, server, too_wide, unnamed, write_notebook
 from playwright.sync_api import BrowserContext
 
 ROOT = Path(__file__).parents[2]
@@ -43,8 +43,9 @@ FAULTS = """<div class="jp-OutputArea-output" style="width:300px;overflow:hidden
 <button></button><button>Start</button><svg role="img"></svg><img alt="lock" src="data:,"><input type="radio" aria-label="step 4">
 <div style="overflow:auto"><div id="wide" style="width:400px">hidden by its box</div></div>
 <div style="overflow:auto"><table><tr><td><div style="width:400px">scrolls</div></td></tr></table></div>
+<div class="lm-TabBar-tabLabel">Data</div><div class="lm-TabBar-tabLabel" style="width:20px;overflow:hidden">Machine</div>
 </div>"""
-"""A page with a choice that nobody named, although it has words inside, and something too wide that a box hides."""
+"""A page with a choice that nobody named, although it has words inside, something too wide that a box hides, and half a name."""
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"{CHROMIUM} is not there: apt-get install chromium")
 
@@ -89,6 +90,7 @@ def test_what_the_looks_at_a_page_find(chromium: BrowserContext) -> None:
         ("combobox", "Checkpoint"), ("button", "Start"), ("image", "lock"), ("radio", "step 4"),
     ]  # fmt: skip
     assert [html.partition(" style")[0] for html in too_wide(page)] == ['<div id="wide"']
+    assert cut_off(page) == ["Machine"]
     page.close()
 
 
@@ -202,6 +204,7 @@ def test_every_control_of_the_studio_has_a_name_in_each_tab_and_520_px_are_enoug
         page.set_viewport_size({"width": 520, "height": 1400})
         page.wait_for_timeout(700)
         assert not too_wide(page), name
+        assert not cut_off(page)
         shoot(other, f"narrow-{name.lower().replace(' ', '-')}")
         page.set_viewport_size({"width": 1280, "height": 1400})
     assert not other.own_errors, other.own_errors

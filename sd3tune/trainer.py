@@ -237,7 +237,7 @@ class Trainer:
                 self.engine.skip(error.refusal.batch)
                 if self.steps_done < before:
                     yield self._reported(self._saver.branch("guard", self.steps_done))
-                yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; left out"))
+                yield self._tell(NoticeRecord(step=self.steps_done, text=f"{error.refusal}; left out", warning=True))
                 yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
             else:
                 if self.steps_done < before:
@@ -260,7 +260,7 @@ class Trainer:
             self.folder.point_at(self.steps_done)
         yield self._reported(self._saver.branch("rollback", self.steps_done))
         text = f"{error.refusal}; back to step {self.steps_done} with half the learning rate, {rate:.4g}"
-        yield self._tell(NoticeRecord(step=self.steps_done, text=text))
+        yield self._tell(NoticeRecord(step=self.steps_done, text=text, warning=True))
         yield self._tell(CommandRecord(step=self.steps_done, name="set", value={"learning_rate": rate}))
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=skipped))
 
@@ -324,7 +324,8 @@ class Trainer:
         told = False
         while short := keeping.shortage(self.folder.path, needed, self.config.run.disk_low_threshold):
             if not told:
-                yield self._tell(NoticeRecord(step=self.steps_done, text=f"the run waits: {short}; free some, and it goes on by itself"))
+                said = f"the run waits: {short}; free some, and it goes on by itself"
+                yield self._tell(NoticeRecord(step=self.steps_done, text=said, warning=True))
             told = True
             time.sleep(POLL)
             yield WaitRecord(step=self.steps_done, why=short)
@@ -349,7 +350,7 @@ class Trainer:
         except ModelError as error:
             if not self.steps_done:
                 raise
-            yield self.notice(f"no pictures were drawn: {error}")
+            yield self._tell(NoticeRecord(step=self.steps_done, text=f"no pictures were drawn: {error}", warning=True))
 
     def _finish(self) -> Iterator[Record]:
         """Save first, then judge."""

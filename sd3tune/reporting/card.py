@@ -149,7 +149,8 @@ def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) ->
     evals = [row for row in history if row["type"] == "eval"]
     shift = config.flow_schedule_shift
     rows = [
-        f"{reached(history)} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; {manifest.get('sentence', '')}",
+        f"{reached(history)} updates of {data.train_batch_size} x {data.gradient_accumulation_steps} images; "
+        f"{manifest.get('sentence', '')}",
         f"{o.optimizer}, learning rate {o.learning_rate:g}, {o.lr_scheduler} with {o.lr_warmup_steps} updates of warm-up, gradients "
         f"limited to {o.max_grad_norm:g} by {o.grad_clip_method}",
         f"flow matching, shift {'by size' if shift is None else f'{shift:g}'}, caption dropout {data.caption_dropout_probability:.0%}, "
@@ -166,7 +167,8 @@ def _training(folder: RunFolder, config: RunConfig, manifest: dict[str, Any]) ->
     if drawn := newest_pictures(folder):
         rows.append(f"pictures above: step {step_of(drawn[0].parent)}")
     for change in changes(history):
-        rows.append(f"from step {change['step']} on: " + ", ".join(f"{name} {json.dumps(value)}" for name, value in change["value"].items()))
+        values = (f"{name} {json.dumps(value)}" for name, value in change["value"].items())
+        rows.append(f"from step {change['step']} on: {', '.join(values)}")
     return "\n".join(f"* {row}" for row in rows) + "\n"
 
 

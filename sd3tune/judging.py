@@ -131,7 +131,7 @@ class Judge:
             try:
                 record = self._scoring.of_drawn(config, kind, rows, base, self._cache.plan, step)
             except (ModelError, RuntimeError) as error:
-                yield NoticeRecord(step=step, text=f"pictures are not scored: {error}")
+                yield NoticeRecord(step=step, text=f"pictures are not scored: {error}", warning=True)
                 return
             if record is not None:
                 yield record

@@ -122,6 +122,10 @@ class PreviewRecord(Record):
     prompts: tuple[str, ...] = ()
     previews: tuple[bytes, ...] = ()
     """What they look like so far, as JPEG files; empty unless ``validation_preview`` asks for it at this step."""
+    width: int = 0
+    height: int = 0
+    timestep: float | None = None
+    """The noise level of the sampler's step, times 1000."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +193,8 @@ class NoticeRecord(Record):
 
     type: ClassVar[str] = "notice"
     text: str
+    warning: bool = False
+    """Whether something went wrong, or did not go as it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

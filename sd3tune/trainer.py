@@ -277,7 +277,8 @@ class Trainer:
         """The guard's report: what was refused and why, of which pictures, what became of it, and what to think of."""
         items = {f"{p.item.dataset.id}/{p.item.path.name}" for p in self.cache.plan.train if p.item.id in refusal.items}
         pictures = f"; pictures {', '.join(sorted(items))}" if items else ""
-        return self._tell(NoticeRecord(step=self.steps_done, text=f"{refusal}{pictures}; {end}. {in_short(self.config)}".strip()))
+        said = f"{refusal}{pictures}; {end}. {in_short(self.config)}".strip()
+        return self._tell(NoticeRecord(step=self.steps_done, text=said, warning=True))
 
     def _branch(self, why: str, *, stays: Collection[str] = ()) -> list[Record]:
         """The guard goes back: the history goes on from the state of now, and says again what stays as it is although it was set later."""
@@ -356,7 +357,8 @@ class Trainer:
         told = False
         while self.processes.main and (short := keeping.shortage(self.folder.path, needed, self.config.run.disk_low_threshold)):
             if not told:
-                yield self._tell(NoticeRecord(step=self.steps_done, text=f"the run waits: {short}; free some, and it goes on by itself"))
+                said = f"the run waits: {short}; free some, and it goes on by itself"
+                yield self._tell(NoticeRecord(step=self.steps_done, text=said, warning=True))
             told = True
             time.sleep(POLL)
             yield WaitRecord(step=self.steps_done, why=short)
@@ -390,7 +392,7 @@ class Trainer:
         except ModelError as error:
             if not self.steps_done:
                 raise
-            yield self.notice(f"no pictures were drawn: {error}")
+            yield self._tell(NoticeRecord(step=self.steps_done, text=f"no pictures were drawn: {error}", warning=True))
 
     def _finish(self) -> Iterator[Record]:
         """Save first, then judge."""

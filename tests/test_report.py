@@ -233,7 +233,9 @@ TAKEN_UP = row("segment", 4, from_step=4, parent=0, why="resume")
         ([*UPDATES, SAVED, FINAL, LONGER, row("step", 5), row("step", 6), {**FINAL, "step": 6}], True),
     ],
 )  # fmt: skip
-def test_a_run_has_finished_where_its_adapter_was_written_at_its_end(tmp_path: Path, lines: list[dict[str, Any]], ended: bool) -> None:
+def test_a_run_is_finished_where_its_adapter_was_written_with_nothing_left(
+    tmp_path: Path, lines: list[dict[str, Any]], ended: bool
+) -> None:
     """Of four updates: made longer, taken up before that was saved, rewound, gone on. Page, list and opened run agree."""
     made = RunFolder.create(tmp_path / "pots")
     st.presets.playground().save(made.config)
@@ -264,5 +266,5 @@ def test_a_report_that_fails_costs_a_notice(folder: RunFolder, monkeypatch: pyte
 
     monkeypatch.setattr(reporters, "write_report", fails)
     said = list(reporters.Reporters(folder).finish(10))
-    assert said == [NoticeRecord(step=10, text="the report could not be written (no ink)")]
+    assert said == [NoticeRecord(step=10, text="the report could not be written (no ink)", warning=True)]
     assert folder.card.exists()

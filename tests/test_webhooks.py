@@ -36,12 +36,13 @@ from sd3tune.records import (
     PreviewRecord,
     Record,
     ScoreRecord,
+    SegmentRecord,
     StepRecord,
 )
 from sd3tune.reporting.cleaning import without_places, without_secrets
 from sd3tune.reporting.events import Events, FailureRecord
 from sd3tune.reporting.tail import Patience, Tail, _close
-from sd3tune.reporting.webhooks import Webhook
+from sd3tune.reporting.webhooks import PATIENCE, Webhook
 from sd3tune.run_folder import RunFolder
 
 QUICK = Patience(pauses=(0.05,) * 100, limit=4.0, passing=20)
@@ -162,20 +163,21 @@ def test_a_raw_webhook_is_told_everything_in_order(folder: RunFolder, serve: Cal
     assert one.news() == []
     said = server.payloads
     assert [p["type"] for p in said] == [
-        "lifecycle.stage", "notification", "training.status", "training.checkpoint", "training.validation", "validation.image",
-        "notification", "training.status", "training.checkpoint", "lifecycle.stage", "lifecycle.stage",
+        "lifecycle.stage", "notification", "training.status", "training.checkpoint", "lifecycle.stage", "training.validation",
+        "validation.image", "lifecycle.stage", "notification", "training.status", "training.checkpoint", *2 * ["lifecycle.stage"],
     ]  # fmt: skip
     assert said[1]["data"]["config"]["lora_rank"] == st.presets.playground().adapter.lora_rank
     assert not {"output_dir", "cache_dir", "webhook_config"} & set(said[1]["data"]["config"])
     assert said[1]["body"] == "12 images of pictures/pots into x"
     assert said[2]["data"] | {"eta": 198.0, "epoch": 0.1, "loss": 0.5, "lr": 1e-4, "step": 1, "total_steps": 100} == said[2]["data"]
-    assert said[7]["data"]["total_steps"] == 3
+    assert said[9]["data"]["total_steps"] == 3
     assert said[3]["data"] == {"path": "checkpoints/step-000002", "label": "step 2", "is_final": False}
-    assert said[8]["data"] == {"path": "lora.safetensors", "label": "final adapter", "is_final": True}
-    assert said[4]["data"]["loss"] == 0.25
-    assert base64.b64decode(said[5]["images"][0]) == Path(drawn.path).read_bytes()
-    assert said[5]["data"]["path"] == "images/step-000002/00.png"
-    assert [p["stage"]["key"] for p in said if "stage" in p] == ["init_prepare_models", "model_save", "training_complete"]
+    assert said[10]["data"] == {"path": "lora.safetensors", "label": "final adapter", "is_final": True}
+    assert said[5]["data"]["loss"] == 0.25
+    assert base64.b64decode(said[6]["images"][0]) == Path(drawn.path).read_bytes()
+    assert said[6]["data"]["path"] == "images/step-000002/00.png"
+    keys = [p["stage"]["key"] for p in said if "stage" in p]
+    assert keys == ["init_prepare_models", "checkpoint_save", "validation", "model_save", "training_complete"]
     assert {p["job_id"] for p in said} == {"pots"}
     assert all(p["title"].startswith("[pots] ") and p["timestamp"].endswith("+00:00") for p in said)
     everything = b"".join(body for _, body in server.calls).decode()
@@ -189,7 +191,7 @@ def test_previews_failures_and_scores_are_told(folder: RunFolder, serve: Callabl
     server, jpeg = serve(), io.BytesIO()
     Image.new("RGB", (8, 8), (200, 0, 0)).save(jpeg, "JPEG")
     one = tail(folder, Hook("raw", server.url))
-    shown = replace(preview(5), previews=(jpeg.getvalue(),) * 2, prompts=("a pot", "a cup"), count=2)
+    shown = replace(preview(5), previews=(jpeg.getvalue(),) * 2, prompts=("a pot", "a cup"), count=2, width=16, height=8, timestep=750.0)
     failed = replace(image(folder, 3), path="", problem=f"no room in {folder.path}/x")
     score = ScoreRecord(step=3, kind="adapter", mean=0.3, min=0.2, max=0.4, std=0.1, scores=(0.2, 0.4), names=("a", "b"))
     for record in (preview(4), shown, failed, score):
@@ -199,6 +201,7 @@ def test_previews_failures_and_scores_are_told(folder: RunFolder, serve: Callabl
     said = server.payloads
     assert [p["type"] for p in said] == ["validation.image", "notification", "training.validation"], "a step without pictures is debug"
     assert said[0]["data"]["step_label"] == "5/9"
+    assert (said[0]["data"]["resolution"], said[0]["data"]["timestep"]) == ("16x8", 750.0)
     assert said[0]["data"]["prompts"] == ["a pot", "a cup"]
     found = [Image.open(io.BytesIO(base64.b64decode(data))) for data in said[0]["images"]]
     assert [(picture.format, picture.size) for picture in found] == 2 * [("PNG", (8, 8))]
@@ -210,8 +213,9 @@ def test_previews_failures_and_scores_are_told(folder: RunFolder, serve: Callabl
 @pytest.mark.parametrize(
     ("level", "interval", "types"),
     [
-        ("debug", None, ["training.status", "training.status", "lifecycle.stage", "validation.image", "lifecycle.stage", "error"]),
-        ("info", 2, ["training.status", "validation.image", "lifecycle.stage", "error"]),
+        ("debug", None, [*2 * ["training.status"], "lifecycle.stage", "validation.image", *2 * ["lifecycle.stage"], "error"]),
+        ("info", 2, ["training.status", "validation.image", *2 * ["lifecycle.stage"], "error"]),
+        ("warning", None, ["lifecycle.stage", "error"]),
         ("error", None, ["lifecycle.stage", "error"]),
         ("critical", None, []),
     ],
@@ -224,6 +228,45 @@ def test_level_and_interval(folder: RunFolder, serve: Callable[..., Server], lev
     one.close()
     assert [p["type"] for p in server.payloads] == types
     assert one.news() == []
+
+
+def test_what_went_wrong_is_a_warning(folder: RunFolder, serve: Callable[..., Server]) -> None:
+    """A picture that failed, a refused change, a notice that says so, a rollback: at the level warning these and nothing else."""
+    server = serve()
+    one = tail(folder, Hook("raw", server.url, level="warning"))
+    failed = replace(image(folder, 3), path="", problem="no room")
+    refused = CommandRecord(step=4, name="set", value={"lora_rank": 4}, refused="lora_rank cannot change")
+    waits = NoticeRecord(step=4, text="the run waits", warning=True)
+    back = SegmentRecord(step=2, from_step=2, parent=0, why="rollback")
+    plain = [NoticeRecord(step=0, text="a run"), step(1), image(folder, 2), replace(refused, refused=""), replace(back, why="resume")]
+    take(one, [*plain, failed, refused, waits, back])
+    one.close()
+    assert [p["severity"] for p in server.payloads] == 4 * ["warning"]
+    assert [p.get("body", p["title"]) for p in server.payloads] == [
+        "the picture of 'a pot' could not be drawn: no room", "set {'lora_rank': 4}, refused: lora_rank cannot change", "the run waits",
+        "The run goes on from step 2 (rollback)",
+    ]  # fmt: skip
+
+
+def test_stages_have_an_end(folder: RunFolder, serve: Callable[..., Server]) -> None:
+    """Resuming; the base model's pictures, then a step's, one of which failed; a checkpoint; the last pictures: each stage once."""
+    server = serve()
+    one = tail(folder, Hook("raw", server.url))
+    base, failed = replace(image(folder, 0), kind="base"), replace(image(folder, 2), path="", problem="no room")
+    final = CheckpointRecord(step=100, path=str(folder.lora), tensors=3)
+    folder.lora.write_bytes(b"")
+    history = History(folder.history)
+    for record in (step(100), final):
+        history.append(record)
+    take(one, [SegmentRecord(step=1, from_step=1, parent=0, why="resume"), base, replace(base, seed=2), image(folder, 2), failed, step(3)])
+    take(one, [CheckpointRecord(step=3, path=str(folder.checkpoint_folder / "step-000003"), tensors=3), final, image(folder, 100)])
+    one.close()
+    found = [(p["stage"]["key"], p["stage"]["status"], p["stage"].get("progress", {}).get("current")) for p in server.of("lifecycle.stage")]
+    assert found == [
+        ("init_resume_checkpoint", "completed", 1), ("benchmark_base_model", "completed", 2), ("validation", "completed", 1),
+        ("checkpoint_save", "completed", None), ("model_save", "completed", None), ("final_validation", "completed", 1),
+        ("training_complete", "completed", 100),
+    ]  # fmt: skip
 
 
 def test_discord_gets_messages_and_pictures(folder: RunFolder, serve: Callable[..., Server]) -> None:
@@ -262,14 +305,27 @@ def test_a_slow_server_is_never_waited_for(folder: RunFolder, serve: Callable[..
     assert one.news() == []
 
 
+@pytest.mark.full
+def test_a_server_that_answers_after_ten_seconds_gets_every_picture_once(folder: RunFolder, serve: Callable[..., Server]) -> None:
+    """No call is given up and made again; the run is never held up."""
+    server = serve(delay=10.0)
+    one = tail(folder, Hook("raw", server.url), patience=PATIENCE._replace(limit=60.0))
+    assert take(one, [step(1), *(image(folder, n) for n in (1, 2, 3)), step(4)]) < 0.5
+    one.close()
+    assert [p["data"]["step"] for p in server.of("validation.image")] == [1, 2, 3]
+    assert server.count == 5, "two losses and three pictures"
+    assert one.news() == []
+
+
 def test_a_server_that_fails_gets_every_picture_in_the_end(folder: RunFolder, serve: Callable[..., Server]) -> None:
     """Two of three calls answer 500 or 429: pictures and notices arrive, each once, in order."""
-    server = serve(lambda n: 200 if n % 3 == 0 else 500 if n % 3 == 1 else 429)
+    server = serve(lambda n: 200 if n % 3 == 0 else 500 if n % 3 == 1 else 429)  # stages between them, too
     one = tail(folder, Hook("raw", server.url))
     take(one, [image(folder, 1), NoticeRecord(step=1, text="hello"), image(folder, 2), image(folder, 3)])
     one.close()
     assert [p["data"].get("step") for p in server.of("validation.image")] == [1, 2, 3]
     assert [p["body"] for p in server.of("notification")] == ["hello"]
+    assert [(p["stage"]["key"], p["stage"]["progress"]["total"]) for p in server.of("lifecycle.stage")] == 2 * [("validation", 1)]
     assert one.news() == []
 
 
@@ -456,10 +512,10 @@ def test_what_is_told_after_an_end_is_of_the_next(folder: RunFolder, serve: Call
     assert not one.ended
     gate.set()
     deadline = time.monotonic() + 10
-    while len(server.calls) < 2 and time.monotonic() < deadline:
+    while "hello" not in str(server.calls) and time.monotonic() < deadline:
         time.sleep(0.02)
     one.close()
-    assert [p.get("body") for p in server.payloads] == ["a pot", "hello"]
+    assert [p["body"] for p in server.payloads if "body" in p] == ["a pot", "hello"]
     assert [p["data"]["step"] for p in server.of("validation.image")] == [3]
     assert one.news() == []
 
@@ -478,7 +534,7 @@ def test_an_error_is_told(bench: Workbench, serve: Callable[..., Server]) -> Non
             pass
     trainer._reporters._tails[0].close()
     assert [p["body"] for p in server.of("error")] == ["RuntimeError: no room in x"]
-    assert [p["stage"]["status"] for p in server.of("lifecycle.stage")][-1] == "failed"
+    assert [p["stage"]["status"] for p in server.of("lifecycle.stage") if p["stage"]["key"] == "training_abort"] == ["failed"]
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------

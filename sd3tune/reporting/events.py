@@ -83,25 +83,46 @@ def stage(key: str, label: str, status: str, done: tuple[int, int] | None = None
     return Event(type="lifecycle.stage", title=f"{label}: {status}", severity=severity, stage=found)
 
 
+STAGES = {"benchmark_base_model": "Pictures of the base model", "validation": "Validation", "final_validation": "Last validation"}
+
+
+def _whose(record: ImageRecord) -> tuple[bool, int]:
+    return record.kind == "base", record.step
+
+
 def severity_of(record: Record) -> str:
     """How important what a record has to say is."""
     if isinstance(record, PreviewRecord):
         return "info" if record.previews else "debug"
-    return "error" if isinstance(record, FailureRecord) else "info"
+    if isinstance(record, FailureRecord):
+        return "error"
+    warns = (
+        (isinstance(record, ImageRecord) and record.problem)
+        or (isinstance(record, CommandRecord) and record.refused)
+        or (isinstance(record, NoticeRecord) and record.warning)
+        or (isinstance(record, SegmentRecord) and record.why in ("rollback", "guard"))
+    )
+    return "warning" if warns else "info"
 
 
 def heard(level: str, record: Record) -> bool:
     """Whether a webhook of this level is told of a record."""
-    return LEVELS.index(severity_of(record)) >= LEVELS.index(level)
+    return loud(level, severity_of(record))
+
+
+def loud(level: str, severity: str) -> bool:
+    """Whether what is so important is told at a level."""
+    return LEVELS.index(severity) >= LEVELS.index(level)
 
 
 class Events:
-    """Turns the records of one run into events. Remembers the run's length and pace."""
+    """Turns the records of one run into events. Remembers the run's length and pace, and what is being drawn."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, *, total: int, updates_per_epoch: float) -> None:
         self._config, self._folder = config, folder
         self._total, self._per_epoch, self._seconds = total, updates_per_epoch, 0.0
-        self._written = False
+        self._written = self._begun = False
+        self._drawn: list[ImageRecord] = []
 
     @property
     def job(self) -> str:
@@ -115,6 +136,8 @@ class Events:
 
     def of(self, record: Record) -> Iterator[Event]:
         """What a record has to say."""
+        if not isinstance(record, (PreviewRecord, ScoreRecord, NoticeRecord)):
+            yield from self._all_drawn(record)
         if isinstance(record, StepRecord):
             yield self._status(record)
         elif isinstance(record, PreviewRecord) and record.previews:
@@ -142,10 +165,21 @@ class Events:
         else:
             yield from self._words(record)
 
-    def complete(self) -> Event:
+    def complete(self) -> Iterator[Event]:
         """The run has all its updates and its adapter; said once for each end."""
         self._written = False
-        return stage("training_complete", "Training", "completed", (self._total, self._total))
+        yield from self._all_drawn()
+        yield stage("training_complete", "Training", "completed", (self._total, self._total))
+
+    def _all_drawn(self, record: Record | None = None) -> Iterator[Event]:
+        """Pictures of the base model, or of a step, are all there once something else comes."""
+        if self._drawn and not (isinstance(record, ImageRecord) and _whose(record) == _whose(self._drawn[0])):
+            first, good = self._drawn[0], sum(not one.problem for one in self._drawn)
+            key = "benchmark_base_model" if first.kind == "base" else "final_validation" if first.step >= self._total else "validation"
+            yield stage(key, STAGES[key], "completed" if good else "failed", (good, len(self._drawn)))
+            self._drawn = []  # it was sent: what failed is asked for again
+        if isinstance(record, ImageRecord) and not any(one is record for one in self._drawn):
+            self._drawn.append(record)
 
     def _status(self, record: StepRecord) -> Event:
         self._seconds = 0.9 * self._seconds + 0.1 * record.seconds if self._seconds else record.seconds
@@ -163,6 +197,7 @@ class Events:
         data = {
             "step": record.step, "prompt": record.prompt, "prompts": list(record.prompts), "validation_type": "intermediary",
             "sampler_step": record.sampler_step, "step_label": f"{record.sampler_step}/{record.sampler_steps}",
+            "resolution": f"{record.width}x{record.height}", "timestep": record.timestep,
         }  # fmt: skip
         title = f"Preview {data['step_label']} at step {record.step}"
         return Event(type="validation.image", title=title, body=record.prompt, data=data, previews=record.previews)
@@ -186,22 +221,30 @@ class Events:
         if final:
             self._written = True
             yield stage("model_save", "Saving the adapter", "completed")
+        else:
+            yield stage("checkpoint_save", "Saving a checkpoint", "completed")
 
     def _words(self, record: Record) -> Iterator[Event]:
-        if isinstance(record, NoticeRecord) and record.step == 0:
+        severity = severity_of(record)
+        if isinstance(record, NoticeRecord) and record.step == 0 and not self._begun and not record.warning:
+            self._begun = True
             yield stage("init_prepare_models", "Preparing", "completed")
             data = {"config": shareable(self._config), "total_steps": self._total}
             yield Event(type="notification", title="Training begins", body=self._clean(record.text), data=data)
         elif isinstance(record, NoticeRecord):
-            yield Event(type="notification", title=f"Step {record.step}", body=self._clean(record.text))
+            yield Event(type="notification", title=f"Step {record.step}", severity=severity, body=self._clean(record.text))
         elif isinstance(record, SegmentRecord):
-            yield Event(type="notification", title=f"The run goes on from step {record.from_step} ({record.why})")
+            title = f"The run goes on from step {record.from_step} ({record.why})"
+            if record.why == "resume":
+                yield stage("init_resume_checkpoint", "Resuming", "completed", (record.from_step, self._total))
+            yield Event(type="notification", title=title, severity=severity)
         elif isinstance(record, CommandRecord):
             if record.name == "set" and not record.refused and isinstance(record.value, dict):
                 self._total = int(record.value.get("max_train_steps") or self._total)
             value = "" if record.value is None else f" {record.value}"
             refused = f", refused: {record.refused}" if record.refused else ""
-            yield Event(type="notification", title=f"Step {record.step}", body=self._clean(f"{record.name}{value}{refused}"))
+            said = self._clean(f"{record.name}{value}{refused}")
+            yield Event(type="notification", title=f"Step {record.step}", severity=severity, body=said)
 
     def _place(self, path: str) -> str:
         place = Path(path)

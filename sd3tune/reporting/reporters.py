@@ -100,4 +100,4 @@ class Reporters:
             write()
         # The adapter is saved by now, and a page about it is no reason to end with a traceback.
         except Exception as error:  # noqa: BLE001
-            yield NoticeRecord(step=step, text=f"{what} could not be written ({explained(error)})")
+            yield NoticeRecord(step=step, text=f"{what} could not be written ({explained(error)})", warning=True)

@@ -137,7 +137,7 @@ class Tracker:
             made.log({"settings": "".join(f"    {name}: {value}\n" for name, value in self._facts.items())}, step=self._from or 0)
         elif self.name == "wandb":
             self._last = max(self._last, int(made.run.step))  # of a run that is resumed
-        self._made = made
+        self._made, self._from = made, None
 
     def _show(self, record: ImageRecord) -> None:
         import numpy as np

@@ -12,11 +12,11 @@ from typing import Any
 
 from sd3tune.config.hooks import Hook
 from sd3tune.records import PreviewRecord, Record, StepRecord, WaitRecord
-from sd3tune.reporting.events import Event, Events, heard
+from sd3tune.reporting.events import Event, Events, heard, loud
 from sd3tune.reporting.tail import Patience, RefusedError
 
-TIMEOUT = 10.0
-"""Seconds that one call may take."""
+TIMEOUT = 30.0
+"""Seconds that one call may take; what was accepted and not answered in time is sent again."""
 
 PATIENCE = Patience(pauses=(0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, *(60.0,) * 9), limit=20.0, passing=20)
 """A server that is away for ten minutes loses no picture."""
@@ -58,13 +58,15 @@ class Webhook:
     def send(self, record: Record) -> None:
         """Call the webhook. Raises: RefusedError for an answer that will not change; OSError."""
         for event in self._events.of(record):
-            if self._hook.kind == "raw" or event.type != "lifecycle.stage":
+            if (self._hook.kind == "raw" or event.type != "lifecycle.stage") and loud(self._hook.level, event.severity):
                 self._call(event)
 
     def finish(self) -> str:
         """Say that the run is complete, if it is."""
-        if self._events.done and self._hook.level in ("debug", "info"):
-            self._call(self._events.complete())
+        if self._events.done and loud(self._hook.level, "info"):
+            for event in self._events.complete():
+                if self._hook.kind == "raw" or event.stage["key"] == "training_complete":
+                    self._call(event)
         return ""
 
     def _call(self, event: Event) -> None:

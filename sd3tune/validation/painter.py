@@ -32,6 +32,8 @@ class Step:
     done: int
     steps: int
     previews: tuple[bytes, ...] = ()
+    timestep: float | None = None
+    """The scheduler's, of the step that is done."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ class Painter:
 
     def _batch(self, batch: tuple[Shot, ...]) -> Iterator[Event]:
         first, latents_BCHW = batch[0], None
-        for done, steps, latents_BCHW in self._walk(batch):
+        for done, times, latents_BCHW in self._walk(batch):
+            steps = len(times)
             seen = previews(self.tiny, latents_BCHW) if self.tiny is not None and due(done, self.every, steps) else ()
-            yield Step(batch, done, steps, tuple(as_jpeg(picture) for picture in seen))
+            yield Step(batch, done, steps, tuple(as_jpeg(picture) for picture in seen), times[done - 1])
         assert latents_BCHW is not None, first
         pictures: list[Image.Image] = []
         for found in self._decoded(latents_BCHW):
@@ -115,7 +118,8 @@ class Painter:
         for shot, picture in zip(batch, pictures, strict=True):
             yield Drawn(shot, batch, picture)
 
-    def _walk(self, batch: tuple[Shot, ...]) -> Iterator[tuple[int, int, Tensor]]:
+    def _walk(self, batch: tuple[Shot, ...]) -> Iterator[tuple[int, list[float], Tensor]]:
+        """Steps done, every timestep of the walk, and the latents."""
         first, factor = batch[0], 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (self.transformer.config.in_channels, first.height // factor, first.width // factor)
         noise_BCHW = start_noise(shape, [shot.seed for shot in batch], self.dtype).to(self.device)
@@ -124,12 +128,14 @@ class Painter:
             self.transformer, scheduler, positives=[self.text(shot.prompt) for shot in batch],
             negatives=[self.text(shot.negative) for shot in batch], noise_BCHW=noise_BCHW, steps=first.steps, guidance=first.guidance,
         )  # fmt: skip
+        times: list[float] = []
         while True:
             with self.attention:
                 found = next(walk, None)
             if found is None:
                 return
-            yield found[0], len(scheduler.timesteps), found[1]
+            times = times or scheduler.timesteps.tolist()
+            yield found[0], times, found[1]
 
     def _decoded(self, latents_BCHW: Tensor) -> Iterator[list[Image.Image] | Said]:
         """The pictures of some latents: together, one by one if there is no room, and in tiles if even that is too much."""

@@ -58,7 +58,7 @@ def draw(painter: Painter, shots: Sequence[Shot], source: Source, place: Callabl
         elif isinstance(event, Failed):
             yield write_problem(place(event.shot), event.shot, source, event.why)
         else:
-            yield NoticeRecord(step=source.step, text=event.text)
+            yield NoticeRecord(step=source.step, text=event.text, warning=True)
 
 
 def picture_of(events: Iterable[Event], step: int) -> Generator[Record, None, Drawn | Failed]:
@@ -79,7 +79,8 @@ def preview_of(event: Step, step: int) -> PreviewRecord:
     """The record of a step of the sampler, after ``step`` updates."""
     return PreviewRecord(
         step=step, prompt=event.batch[0].prompt, sampler_step=event.done, sampler_steps=event.steps, count=len(event.batch),
-        prompts=tuple(shot.prompt for shot in event.batch), previews=event.previews,
+        prompts=tuple(shot.prompt for shot in event.batch), previews=event.previews, width=event.batch[0].width,
+        height=event.batch[0].height, timestep=event.timestep,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from sd3tune.config.reading import HOW, is_live
 from sd3tune.config.schema import RunConfig
 from sd3tune.curves import curve_of
 from sd3tune.errors import ConfigError, Sd3TuneError
+from sd3tune.listing import newest_of
 from sd3tune.opening import OpenedRun, open_run
 from sd3tune.panels import codes, fields
 from sd3tune.run_folder import RunFolder, latest_step
@@ -61,9 +61,8 @@ def undone(now: Snapshot) -> frozenset[str]:
 
 def newest_run(wanted: Path) -> OpenedRun | None:
     """The newest run of a wanted output folder: ``NAME``, ``NAME-2`` and so on. Nothing when there is none that can be read."""
-    there = [path for path in wanted.parent.glob("*/config.yaml") if re.fullmatch(re.escape(wanted.name) + r"(-\d+)?", path.parent.name)]
     try:
-        return open_run(max(there, key=lambda path: path.stat().st_mtime).parent) if there else None
+        return open_run(newest) if (newest := newest_of(wanted)) else None
     except (Sd3TuneError, OSError):
         return None
 

@@ -18,7 +18,7 @@ from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.curves import curve_of
 from sd3tune.files import write_text
 from sd3tune.keeping import best_of
-from sd3tune.models.clip import READING
+from sd3tune.records import READING
 from sd3tune.reporting.cleaning import without_tokens
 from sd3tune.run_folder import RunFolder, picture_folders, step_of
 

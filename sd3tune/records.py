@@ -147,6 +147,14 @@ class ImageRecord(Record):
     problem: str = ""
 
 
+READING = (
+    "CLIP score tells how well pictures follow their prompts, not how good they look. With openai's large models a mean of 0.30 to 0.39 "
+    "is the plateau and 0.18 to 0.22 is poor; a single good picture may score 0.14. A mean over few prompts is noise: compare it with its "
+    "standard error, on the same prompts and seeds."
+)
+"""How to read a CLIP score."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreRecord(Record):
     """How well the pictures of a step follow their prompts: CLIP's cosine, 0 to 1. It says nothing of how good they look."""
@@ -166,6 +174,13 @@ class ScoreRecord(Record):
     """Mean of real pictures with their captions: those of data sets to evaluate on."""
     truncated: int = 0
     """Prompts of which the scorer sees only the beginning."""
+
+    @property
+    def in_words(self) -> str:
+        """The score beside what it is compared with, and how to read it."""
+        beside = (("the base model's pictures", self.base), ("real held-out pictures with their captions", self.reference))
+        said = "".join(f"; {name} {value:.3f}" for name, value in beside if value is not None)
+        return f"CLIP score at step {self.step} ({self.kind}): mean {self.mean:.3f}{said}. {READING}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from sd3tune.errors import ModelError
 from sd3tune.models import clip, room
 from sd3tune.models.clip import Preprocessing, Scorer, summary
 from sd3tune.playground.recipe.scorer import PREPROCESSING, STYLES
+from sd3tune.records import READING
 
 
 def shown(part: str) -> tuple[list[Image.Image], list[str]]:
@@ -136,7 +137,7 @@ def test_a_summary() -> None:
     one = summary([0.14])
     assert (one.std, one.error) == (0, math.inf)
     assert str(one) == "0.140 (1 picture)"
-    assert all(figure in clip.READING for figure in ("0.30 to 0.39", "0.18 to 0.22", "0.14"))
+    assert all(figure in READING for figure in ("0.30 to 0.39", "0.18 to 0.22", "0.14"))
 
 
 def test_it_goes_to_a_device_and_comes_back(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from sd3tune.config.advice import advice
 from sd3tune.config.library import parse_size
 from sd3tune.models import components
 from sd3tune.picking import Picker
-from sd3tune.records import ImageRecord, NoticeRecord, PreviewRecord, ScoreRecord
+from sd3tune.records import READING, ImageRecord, NoticeRecord, PreviewRecord, ScoreRecord
 from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
@@ -34,6 +34,7 @@ from sd3tune.validation.history_grid import MOST, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
 from sd3tune.validation.pictures import Source, about, drawn, grid_of
 from sd3tune.validation.sampler import Guidance
+from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, in_words, shots_of, together
 
 SLG: dict[str, Any] = {"validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_stop": 0.9, "validation_guidance": 4.0}
@@ -413,7 +414,7 @@ def test_every_picture_is_drawn_again_bit_for_bit(run: st.Trainer) -> None:
     seeds = run.config.validation.num_validation_images
     assert len(paths) == seeds * (4 + 8 + 8)
     one_of_a_kind = [run.folder.images(at) / name for at, name in ((0, "03.png"), (3, "01.png"), (6, "02-ema.png"))]
-    for path in one_of_a_kind if seeds == 1 else (*paths[:8:3], *paths[8::5]):
+    for path in one_of_a_kind if seeds == 1 else paths:
         assert list(st.replay(path))[-1].text == f"{path.name}: drawn again, and the same, bit for bit"  # type: ignore[attr-defined]
 
 
@@ -522,6 +523,42 @@ def test_scores_leave_no_prompt_out(run: st.Trainer) -> None:
     assert len({record.reference for record in scores}) == 1
     assert scores[0].reference is not None
     assert [line["mean"] for line in run.folder.read_history() if line["type"] == "clip"] == [record.mean for record in scores]
+
+
+def test_real_pictures_are_scored_by_data_set_and_all_at_once(tmp_path: Path) -> None:
+    """``num_eval_images`` of each data set, or of ``eval_dataset_id`` alone, also without an evaluation loss; one call of the scorer."""
+    asked: list[list[str]] = []
+
+    class Counted(Scoring):
+        def scores(self, config: st.RunConfig, pictures: Any, prompts: Any) -> tuple[float, ...]:
+            asked.append(list(prompts))
+            return tuple(float(len(text)) / 100 for text in prompts)
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    kinds = {name: SimpleNamespace(id=name, dataset_type="eval") for name in ("a", "b")}
+    items = [
+        SimpleNamespace(path=tmp_path / ("gone.png" if text == "a2" else "x.png"), caption=text, dataset=kinds[text[0]])
+        for text in ("a1", "a2", "a3", "b1", "b2", "b3")
+    ]
+    plan: Any = SimpleNamespace(evaluation=(), catalog=SimpleNamespace(items=items))
+    scoring = Counted(torch.device("cpu"))
+    config = st.presets.playground(num_eval_images=2, eval_loss_disable=True)
+    assert scoring._reference(config, plan) == pytest.approx(0.02)
+    assert asked.pop() == ["a1", "b1", "b2"], "the second cannot be read"
+    assert not asked
+    scoring._reference(config.replace(eval_dataset_id="b", num_eval_images=3), plan)
+    assert asked.pop() == ["b3"], "the others are known"
+    judged: Any = SimpleNamespace(evaluation=[SimpleNamespace(item=item) for item in items[2:5]], catalog=plan.catalog)
+    Counted(torch.device("cpu"))._reference(config.replace(num_eval_images=1), judged)
+    assert asked.pop() == ["a3", "b1", "b2"], "what is judged is what is scored: the plan has cut by data set already"
+
+
+def test_a_score_says_how_to_read_it(run: st.Trainer) -> None:
+    """Beside the numbers that it is compared with."""
+    said = records(run, ScoreRecord)[-1].in_words
+    assert "CLIP score at step 6 (ema): mean 0." in said
+    assert "the base model's pictures 0." in said
+    assert said.endswith(READING)
 
 
 def test_a_picture_says_how_to_draw_it_elsewhere(run: st.Trainer) -> None:

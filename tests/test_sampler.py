@@ -70,7 +70,8 @@ def test_sampler_equals_stock_pipeline_bit_for_bit(
 
 
 def test_active_steps_of_the_recommended_setting() -> None:
-    """30 steps, 0.01 to 0.2: steps 1 to 5; 28 steps: also 1 to 5; without guidance none."""
+    """30 steps, 0.01 to 0.2: steps 1 to 5; 28 steps: also 1 to 5; 20 steps: 1 to 3; without guidance none."""
+    assert Guidance(4.0, (7, 8, 9)).active_steps(20) == (1, 2, 3), "step 4 of 20 is at 0.2, and the end is not part of it"
     assert Guidance(4.0, (7, 8, 9)).active_steps(30) == (1, 2, 3, 4, 5)
     assert Guidance(4.0, (7, 8, 9)).active_steps(28) == (1, 2, 3, 4, 5)
     assert Guidance(4.0, (7, 8, 9), 0.25, 0.5).active_steps(20) == (6, 7, 8, 9), "after a quarter of 20, before a half"

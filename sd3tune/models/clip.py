@@ -35,13 +35,6 @@ MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 
 BICUBIC = 3
 """Pillow's number, and transformers'."""
 
-READING = (
-    "CLIP score tells how well pictures follow their prompts, not how good they look. With openai's large models a mean of 0.30 to 0.39 "
-    "is the plateau and 0.18 to 0.22 is poor; a single good picture may score 0.14. A mean over few prompts is noise: compare it with its "
-    "standard error, on the same prompts and seeds."
-)
-"""How to read a score."""
-
 
 @dataclass(frozen=True)
 class Summary:

@@ -19,7 +19,7 @@ from sd3tune.curves import curve_of
 from sd3tune.files import write_text
 from sd3tune.keeping import best_of
 from sd3tune.listing import at_its_end
-from sd3tune.models.clip import READING
+from sd3tune.records import READING
 from sd3tune.reporting.cleaning import without_tokens
 from sd3tune.run_folder import RunFolder, step_of
 from sd3tune.validation.standing import steps_drawn

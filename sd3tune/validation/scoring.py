@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -69,19 +70,21 @@ class Scoring:
 
     def _reference(self, config: RunConfig, plan: Plan) -> float | None:
         """Of the held-out pictures with their captions; of those of data sets to evaluate on also when their loss is left out."""
-        held = [p.item for p in plan.evaluation] or [item for item in plan.catalog.items if item.dataset.dataset_type == "eval"]
-        captioned = [(item.path, item.caption) for item in held if item.caption]
-        return self._kept(config, captioned[: config.evaluation.num_eval_images])
+        held, e = [p.item for p in plan.evaluation], config.evaluation
+        if not held:
+            only, found = e.eval_dataset_id, [item for item in plan.catalog.items if item.dataset.dataset_type == "eval"]
+            names = [name for name in dict.fromkeys(item.dataset.id for item in found) if only in (None, name)]
+            held = [item for name in names for item in [one for one in found if one.dataset.id == name][: e.num_eval_images]]
+        return self._kept(config, [(item.path, item.caption) for item in held if item.caption])
 
     def _kept(self, config: RunConfig, rows: Sequence[tuple[Path, str]]) -> float | None:
-        name = scorer_name(config)
-        for path, text in rows:
+        """The mean of pictures that do not change; what was not scored yet is, all at once. One that cannot be read does not count."""
+        name, new = scorer_name(config), dict[tuple[str, Path, str], Image.Image]()
+        for path, text in dict.fromkeys(rows):
             if (name, path, text) not in self._known:
-                try:
-                    picture = read_rgb(path)
-                except DataError:
-                    continue
-                self._known[name, path, text] = self.scores(config, [picture], [text])[0]
+                with suppress(DataError, OSError):
+                    new[name, path, text] = read_rgb(path)
+        self._known |= zip(new, self.scores(config, list(new.values()), [text for *_, text in new]), strict=True)
         found = [self._known[name, path, text] for path, text in rows if (name, path, text) in self._known]
         return sum(found) / len(found) if found else None
 

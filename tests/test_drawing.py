@@ -644,6 +644,41 @@ def test_samples_are_the_runs_own_pictures(run: st.Trainer, tmp_path: Path, file
     assert Image.open(made.paths[0]).tobytes() == Image.open(again.paths[0]).tobytes()
 
 
+SOMEWHERE_ELSE = """
+import json, sys
+import sd3tune as st
+for number, cell in enumerate(json.loads(sys.argv[2])):
+    st.sample(sys.argv[1], "lock", out=f"{sys.argv[3]}/{number}", **{k: tuple(v) if isinstance(v, list) else v for k, v in cell.items()})
+"""
+BY_HAND: tuple[dict[str, Any], ...] = (
+    {"validation_guidance": 1.0}, {"validation_guidance": 4.0},
+    {"validation_guidance": 4.0, "validation_guidance_skip_layers": (1,), "validation_guidance_skip_layers_stop": 0.9},
+)  # fmt: skip
+
+
+def test_a_fresh_process_draws_what_the_trainer_drew(bench: Workbench, tmp_path: Path) -> None:
+    """From the saved adapter: without guidance, with it, and with skip-layer guidance, two sizes, two solvers; within 2 of 255."""
+    trainer = bench.trainer(
+        max_train_steps=4, validation_prompt=("lock",), validation_resolution="64x64,80x48", validation_num_inference_steps=4,
+        learning_rate=1e-2, lr_warmup_steps=0, validation_on_startup=False,
+    )  # fmt: skip
+    list(trainer.run())
+    cells = [{**settings, "validation_noise_scheduler": solver} for solver in ("euler", "dpm") for settings in BY_HAND]
+    script, here = tmp_path / "elsewhere.py", list[Image.Image]()
+    script.write_text(SOMEWHERE_ELSE)
+    for cell in cells:
+        assert not trainer.set(**{"validation_guidance_skip_layers": None, **cell}).refused
+        drawn = [record for record in trainer.validation() if record.type == "image" and record.kind == "adapter"]  # type: ignore[attr-defined]
+        assert len(drawn) == 2
+        here += [Image.open(record.path).convert("RGB") for record in drawn]  # type: ignore[attr-defined]
+    fresh.run([str(script), str(trainer.folder.lora), json.dumps(cells), str(tmp_path)], tmp_path / "said.txt")
+    there = [Image.open(path) for number in range(len(cells)) for path in sorted((tmp_path / str(number)).glob("*.png"))]
+    assert [one.size for one in here] == [one.size for one in there] == [(64, 64), (80, 48)] * len(cells)
+    assert max(differing(one, other) for one, other in zip(here, there, strict=True)) <= 2
+    kinds = [one.tobytes() for one in here]
+    assert len({*kinds}) == len(kinds), "no two settings draw the same"
+
+
 def test_strength_scales_the_change(run: st.Trainer, tmp_path: Path) -> None:
     """0 is the base model, bit for bit; 1 is not."""
     base = next(found.path for found in drawn(run.folder, 0) if found.shot.prompt == "lock" and found.shot.steps == 3)

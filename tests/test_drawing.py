@@ -505,6 +505,10 @@ def test_previews_come_every_so_many_steps(run: st.Trainer) -> None:
     previews = records(run, PreviewRecord)
     assert {(record.sampler_step, len(record.previews) == record.count) for record in previews if record.previews} == {(2, True)}
     assert all(len(record.prompts) == record.count for record in previews)
+    assert {(record.width, record.height) for record in previews} == {(64, 64), (96, 64)}
+    assert {(r.sampler_step, r.timestep == 1000.0) for r in previews} >= {(1, True), (2, False)}, "the walk begins in noise"
+    assert all(0 < r.timestep <= 1000 for r in previews if r.timestep is not None)
+    assert None not in {r.timestep for r in previews}
     assert all(preview[:3] == b"\xff\xd8\xff" for record in previews for preview in record.previews)
     assert not [line for line in run.folder.read_history() if line["type"] == "preview"]
 

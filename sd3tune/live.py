@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from sd3tune.control import TerminatedError
 from sd3tune.errors import Sd3TuneError
 
 if TYPE_CHECKING:
@@ -45,11 +46,14 @@ def saved_on_sigterm() -> None:
 
 
 def _save_and_end(number: int, frame: FrameType | None) -> None:
+    """What `control.interrupts_deferred` has put off comes without a frame: then this thread has a run of its own, which saves itself."""
     going_on = [runner for runner in list(_LIVE.values()) if runner.snapshot.live]
     for runner in going_on:
         runner.send("stop")
     for runner in going_on:
         with suppress(Sd3TuneError):  # it has ended by itself, and the run folder says how
             runner.wait()
+    if frame is None:
+        raise TerminatedError
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def _listed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(certificate, "installed", functools.cache(certificate.installed))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_sigterm() -> Iterator[None]:
+    """A run of a panel takes SIGTERM over for its process, which here is that of the other tests, too."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def stored(cache: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,9 +17,11 @@ from test_trainer import same_state, updates
 
 import sd3tune as st
 from sd3tune import keeping
+from sd3tune.control import TerminatedError
 from sd3tune.errors import CheckpointError
 from sd3tune.history import changed_since, follow_segments
 from sd3tune.run_folder import PINNED, latest_step
+from sd3tune.runner import Runner
 
 SAME = "the adapter is the same, bit for bit"
 
@@ -282,3 +285,22 @@ def test_sigterm_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> N
     assert [kept.step for kept in opened.checkpoints] == [steps[-1]]
     with pytest.raises(CheckpointError):
         st.Trainer.resume(tmp_path)
+
+
+def test_sigterm_in_an_update_comes_through_also_where_a_panel_has_run(bench: Workbench) -> None:
+    """The panel's handler stays when its run has ended; an update of this thread is finished all the same, and told."""
+    runner = Runner(lambda: bench.trainer(**{**PLAIN, "max_train_steps": 1}))
+    runner.start()
+    runner.wait()
+    assert callable(signal.getsignal(signal.SIGTERM))
+    trainer = bench.trainer(**PLAIN)
+    velocity = trainer.engine.velocity
+
+    def disturbed(*given: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return velocity(*given)
+
+    trainer.engine.velocity = disturbed
+    with pytest.raises(TerminatedError):
+        trainer.step()
+    assert trainer.steps_done == 1

@@ -26,8 +26,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of the playground."""
     folder = tmp_path_factory.mktemp("report")
     config = st.presets.playground(
-        max_train_steps=6, lr_warmup_steps=0, validation_steps=3, eval_steps_interval=3, evaluation_type="clip", validation_prompt=("lock", "croissant"),
-        validation_num_inference_steps=3, output_dir=str(folder / "run"), cache_dir=str(folder / "cache"),
+        max_train_steps=6, lr_warmup_steps=0, validation_steps=3, eval_steps_interval=3, evaluation_type="clip",
+        validation_prompt=("lock", "croissant"), validation_num_inference_steps=3,
+        output_dir=str(folder / "run"), cache_dir=str(folder / "cache"),
     )  # fmt: skip
     trainer = st.Trainer(config, st.CacheBuilder(st.plan(st.discover(playground.DATASETS), config), st.encoders(config)).build())
     list(trainer.run())

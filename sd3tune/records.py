@@ -175,13 +175,6 @@ class ScoreRecord(Record):
     truncated: int = 0
     """Prompts of which the scorer sees only the beginning."""
 
-    @property
-    def in_words(self) -> str:
-        """The score beside what it is compared with, and how to read it."""
-        beside = (("the base model's pictures", self.base), ("real held-out pictures with their captions", self.reference))
-        said = "".join(f"; {name} {value:.3f}" for name, value in beside if value is not None)
-        return f"CLIP score at step {self.step} ({self.kind}): mean {self.mean:.3f}{said}. {READING}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRecord(Record):

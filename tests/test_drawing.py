@@ -24,6 +24,7 @@ from sd3tune.config import library
 from sd3tune.config.advice import advice
 from sd3tune.config.library import parse_size
 from sd3tune.models import components
+from sd3tune.panels.pictures import in_words as panel_words
 from sd3tune.picking import Picker
 from sd3tune.records import READING, ImageRecord, NoticeRecord, PreviewRecord, ScoreRecord
 from sd3tune.redrawing import verdict
@@ -36,6 +37,7 @@ from sd3tune.validation.pictures import Source, about, drawn, grid_of
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, in_words, shots_of, together
+from sd3tune.validation.standing import standing
 
 SLG: dict[str, Any] = {"validation_guidance_skip_layers": (7, 8), "validation_guidance_skip_layers_stop": 0.9, "validation_guidance": 4.0}
 LIBRARY: dict[str, Any] = {"half": {"prompt": "lock", "strength": 0.5, "steps": 2}, "wide": {"prompt": "croissant", "size": "96x64"}}
@@ -558,11 +560,11 @@ def test_real_pictures_are_scored_by_data_set_and_all_at_once(tmp_path: Path) ->
 
 
 def test_a_score_says_how_to_read_it(run: st.Trainer) -> None:
-    """Beside the numbers that it is compared with."""
-    said = records(run, ScoreRecord)[-1].in_words
-    assert "CLIP score at step 6 (ema): mean 0." in said
-    assert "the base model's pictures 0." in said
+    """Where the panel shows it, beside the grid; nothing is said where nothing was scored."""
+    said = panel_words(run.folder, 6, standing(run.folder, 6))
+    assert "CLIP score (adapter) 0." in said
     assert said.endswith(READING)
+    assert "CLIP" not in panel_words(run.folder, 7, [])
 
 
 def test_a_picture_says_how_to_draw_it_elsewhere(run: st.Trainer) -> None:

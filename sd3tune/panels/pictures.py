@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from PIL import Image
 
 from sd3tune.panels.looks import offer, put, row, sentence, tip, visible
-from sd3tune.records import ScoreRecord
+from sd3tune.records import READING, ScoreRecord
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import Found, cell_of, drawn, rows_of, title
@@ -151,7 +151,8 @@ def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
     said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {prompts}."
     said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
     scores = [row for row in counting(folder) if row["type"] == ScoreRecord.type and row["step"] == step]
-    return said + "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
+    said += "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
+    return f"{said} {READING}" if scores else said
 
 
 def jpeg(picture: Image.Image, quality: int = 85) -> bytes:

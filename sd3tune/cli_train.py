@@ -41,7 +41,9 @@ def run(options: argparse.Namespace) -> int:
     if options.resume is not None:
         from sd3tune.config.reading import parse_setting
 
-        trainer = st.Trainer.resume(_to_resume(options), **dict(map(parse_setting, options.set)))
+        changes = dict(map(parse_setting, options.set))
+        place = changes.pop("output_dir", None) if not options.resume else None  # it says which run is meant
+        trainer = st.Trainer.resume(_to_resume(options, place), **changes)
     else:
         config = config_of(options)
         config = config.replace(num_processes=config.run.num_processes or started())
@@ -60,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _to_resume(options: argparse.Namespace) -> Path:
-    """The run to go on with. Raises: ConfigError when it is not clear which, or when it has its own of what was given."""
+def _to_resume(options: argparse.Namespace, place: str | None) -> Path:
+    """The run to go on with, the newest in ``place`` or where the settings file says, unless it is named. Raises: ConfigError when it is not clear which, or when it has its own of what was given."""
     if options.data != DATA:
         raise ConfigError(["a run that goes on has its own data; leave --data out"], "--resume")
     if options.resume and options.config:
@@ -70,7 +72,8 @@ def _to_resume(options: argparse.Namespace) -> Path:
         )
     if options.resume:
         return Path(options.resume)
-    wanted = Path(config_of(options).run.output_dir)
+    begun = st.RunConfig.load(options.config) if options.config else st.presets.playground()
+    wanted = Path(place or begun.run.output_dir)
     newest = newest_of(wanted)
     if newest is None:
         raise ConfigError([f"there is no run in {wanted.absolute()}; leave --resume out to start one"], "--resume")

@@ -88,6 +88,10 @@ class Followed:
     def beat(self) -> None:
         """The run gives its own signs of life."""
 
+    def parting(self) -> Iterator[Record]:
+        """Nothing: the run itself says what has become of its copies."""
+        return iter(())
+
     def checkpoint(self) -> CheckpointRecord:
         """Ask for a checkpoint before the next update."""
         self._ask("SAVE")

@@ -34,10 +34,13 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
     assert "mine  step 4" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "runs" / "mine")]) == 0
     settings = tmp_path / "run.yaml"
-    settings.write_text(f"output_dir: {tmp_path / 'runs' / 'mine'}\n")
+    settings.write_text(f"extends: preset:playground\noutput_dir: {tmp_path / 'runs' / 'mine'}\n")
     capsys.readouterr()
-    assert main(["train", str(settings), "--resume", "--set", "max_train_steps=5"]) == 0
+    place = ["--set", f"output_dir={tmp_path / 'runs' / 'mine'}", "--set", "max_train_steps=5"]
+    assert main(["train", "--resume", *place]) == 0
     assert "resumed after update 4 of 5" in capsys.readouterr().out
+    assert main(["train", str(settings), "--resume"]) == 0
+    assert "resumed after update 5 of 5" in capsys.readouterr().out
     assert main(["train", str(settings), "--resume", str(tmp_path / "runs" / "mine")]) == 1
     assert f"has its own settings; leave {settings} out" in capsys.readouterr().err
 

@@ -289,7 +289,7 @@ def test_sigterm_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> N
 
 def test_sigterm_in_an_update_comes_through_also_where_a_panel_has_run(bench: Workbench) -> None:
     """The panel's handler stays when its run has ended; an update of this thread is finished all the same, and told."""
-    runner = Runner(lambda: bench.trainer(**{**PLAIN, "max_train_steps": 1}))
+    runner = Runner(lambda: bench.trainer(**{**PLAIN, "max_train_steps": 1}, lr_warmup_steps=0))
     runner.start()
     runner.wait()
     assert callable(signal.getsignal(signal.SIGTERM))

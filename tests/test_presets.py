@@ -148,7 +148,7 @@ CASES: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 
 def test_a_large_model_by_its_path_gets_the_advice_of_large() -> None:
     """The hub's name and a file's name mean the same model as the flavour."""
-    for name in ("stabilityai/stable-diffusion-3.5-large", "/models/sd3.5_large.safetensors"):
+    for name in ("stabilityai/stable-diffusion-3.5-large", "/models/sd3.5_large"):
         by_path = st.RunConfig.make(pretrained_model_name_or_path=name, learning_rate=4e-5)
         assert any("4e-5 may blow up" in one.text for one in advice(by_path))
         assert "4e-5 may blow up" in in_short(by_path)
@@ -185,7 +185,8 @@ def test_advice_is_shown(grown: Workbench) -> None:
     assert "advice    Lion wants about a tenth of AdamW's rate: 1e-5 rather than 1e-4 (Chen et al. 2023, section 5)" in str(
         trainer.manifest
     )
-    assert not grown.trainer().manifest.advice
+    assert [said.partition(";")[0] for said in grown.trainer().manifest.advice] == ["2 sizes share one shift"]
+    assert not grown.trainer(flow_schedule_auto_shift=True).manifest.advice
 
 
 def test_the_panel_shows_it_as_the_form_changes(grown: Workbench) -> None:

@@ -219,7 +219,7 @@ def row(kind: str, step: int, **more: Any) -> dict[str, Any]:
 UPDATES = [row("step", n) for n in (1, 2, 3, 4)]
 SAVED, FINAL = row("checkpoint", 4, path="/x/step-000004"), row("checkpoint", 4, path="/x/lora.safetensors")
 LONGER = row("command", 4, name="set", value={"max_train_steps": 6}, refused="")
-TAKEN_UP = row("segment", 4, from_step=4, parent=0, why="resume")
+TAKEN_UP = row("segment", 4, from_step=4, parent=0, why="resume", live={"max_train_steps": 4}, skipped=[])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _to_resume(options: argparse.Namespace, place: str | None) -> Path:
-    """The run to go on with, the newest in ``place`` or where the settings file says, unless it is named. Raises: ConfigError when it is not clear which, or when it has its own of what was given."""
+    """The run to go on with: the one that is named, or the newest in ``place`` or where the settings file says.
+
+    Raises: ConfigError when it is not clear which, or when it has its own of what was given.
+    """
     if options.data != DATA:
         raise ConfigError(["a run that goes on has its own data; leave --data out"], "--resume")
     if options.resume and options.config:

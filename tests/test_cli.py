@@ -34,7 +34,7 @@ def test_train_then_runs(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
     assert "mine  step 4" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path / "runs" / "mine")]) == 0
     settings = tmp_path / "run.yaml"
-    settings.write_text(f"extends: preset:playground\noutput_dir: {tmp_path / 'runs' / 'mine'}\n")
+    settings.write_text(f"model_flavour: playground\noutput_dir: {tmp_path / 'runs' / 'mine'}\n")
     capsys.readouterr()
     place = ["--set", f"output_dir={tmp_path / 'runs' / 'mine'}", "--set", "max_train_steps=5"]
     assert main(["train", "--resume", *place]) == 0

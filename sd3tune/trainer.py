@@ -48,7 +48,7 @@ POLL = 0.2
 """Seconds between two looks at what a waiting run waits for."""
 
 SKIPS_IN_A_ROW = 3
-"""After so many refused updates without one that is applied, it is not the pictures."""
+"""After so many refused updates without getting beyond them, it is not the pictures."""
 
 
 class Order(NamedTuple):

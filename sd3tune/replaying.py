@@ -50,23 +50,12 @@ def replay(run_folder: str | Path, cache: Cache | None = None) -> Iterator[Recor
     for row in folder.read_history():
         if row["type"] == "command":
             _steer(trainer, row)
-        elif row["type"] == "segment" and "live" in row:
-            _begin(trainer, row)
         elif row["type"] == "step":
             record = trainer.step()
             yield record
             if not apart and list(record.losses) != row["losses"]:
                 apart = f"the losses of update {row['step']} differ: {record.losses} now, {tuple(row['losses'])} then"
     yield NoticeRecord(step=trainer.steps_done, text=_verdict(folder, trainer, apart))
-
-
-def _begin(trainer: Trainer, row: Mapping[str, Any]) -> None:
-    """Take the settings and the batches to be left out that a stretch of the history begins with."""
-    now = trainer.config.leaves()
-    wanted = {name: row["live"][name] for name in STEERING if row["live"].get(name) not in (None, now[name])}
-    if wanted:
-        trainer.set(**wanted)
-    trainer.engine.skipped = {*row["skipped"]}
 
 
 def _steer(trainer: Trainer, row: Mapping[str, Any]) -> None:

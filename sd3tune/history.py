@@ -85,7 +85,7 @@ def _unseen(row: Mapping[str, Any], segment: Mapping[str, Any]) -> bool:
         return False
     if row.get("name") == "skip":
         return not {*row["value"]} <= {*segment["skipped"]}
-    return bool(values := accepted(row)) and any(segment["live"].get(name, value) != value for name, value in values.items())
+    return any(segment["live"].get(name, value) != value for name, value in accepted(row).items())
 
 
 def accepted(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -54,13 +54,10 @@ def best_of(checkpoints: Path) -> tuple[int, float] | None:
 
 
 def forget_best(checkpoints: Path, step: int, history: Iterable[Mapping[str, Any]]) -> None:
-    """Of a run that goes on from ``step``: the best is the best of those up to there that are still kept, if there is one.
+    """Of a run that goes on from before its best: that is now the best of those up to ``step`` that are still kept, if there is one.
 
     Raises: FileError.
     """
-    found = best_of(checkpoints)
-    if found is None or found[0] <= step:
-        return
     losses = {row["step"]: float(row["loss"]) for row in history if row["type"] == EvalRecord.type and row["step"] <= step}
     there = [at for at in losses if (checkpoints / f"step-{at:06d}" / "state.json").exists()]
     if there:

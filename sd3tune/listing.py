@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3tune.config.reading import steered
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import FileError
 from sd3tune.history import finished, reached, set_on_the_way
@@ -50,11 +51,11 @@ def runs(folder: str | Path = "runs") -> RunList:
 def newest_of(wanted: Path) -> Path | None:
     """The run that was begun last of those into an output folder and its numbered namesakes (``-2``, ``-3``)."""
     named = re.compile(re.escape(wanted.name) + r"(-\d+)?")
-    made = [path for path in _made(wanted.parent) if named.fullmatch(path.name)]
+    made = [path for path in begun(wanted.parent) if named.fullmatch(path.name)]
     return made[-1] if made else None
 
 
-def _made(root: Path) -> list[Path]:
+def begun(root: Path) -> list[Path]:
     """Run folders, oldest first."""
     return sorted((p.parent for p in root.glob("*/config.yaml")), key=lambda p: (p / "config.yaml").stat().st_mtime)
 
@@ -62,7 +63,7 @@ def _made(root: Path) -> list[Path]:
 def _summaries(root: Path) -> Iterator[RunSummary]:
     if not root.is_dir():
         return
-    for path in _made(root):
+    for path in begun(root):
         history = RunFolder(path).read_history()
         losses = [r["loss"] for r in history if r["type"] == "step" and isinstance(r.get("loss"), float)]
         evals = [r["loss"] for r in history if r["type"] == "eval" and isinstance(r.get("loss"), float)]
@@ -85,7 +86,4 @@ def planned(folder: RunFolder) -> int:
 
 def as_set(folder: RunFolder) -> RunConfig:
     """The settings of a run as they are now: those that it began with, and what was changed on the way. Raises: ConfigError."""
-    live = {name: tuple(value) if isinstance(value, list) else value for name, value in set_on_the_way(folder.read_history()).items()}
-    if live.get("max_train_steps") is not None:
-        live["num_train_epochs"] = None
-    return RunConfig.load(folder.config).replace(**live)
+    return steered(RunConfig.load(folder.config), set_on_the_way(folder.read_history()))

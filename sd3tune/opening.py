@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sd3tune import charts
 from sd3tune.config.schema import RunConfig
 from sd3tune.curves import curve_of
-from sd3tune.history import finished, follow_segments, length_of, reached, read_lines
+from sd3tune.history import accepted, finished, follow_segments, length_of, reached, read_lines
 from sd3tune.keeping import best_of
 from sd3tune.locking import Holder, holder
 from sd3tune.records import CommandRecord, EvalRecord, Record, of_row
@@ -116,8 +116,7 @@ class OpenedRun(Shown):
 
     @property
     def _settings(self) -> list[dict[str, Any]]:
-        commands = [row for row in self.history if row["type"] == "command" and row.get("name") == "set" and not row.get("refused")]
-        return [row for row in commands if isinstance(row.get("value"), Mapping)]
+        return [row for row in self.history if accepted(row)]
 
     @cached_property
     def checkpoints(self) -> tuple[Kept, ...]:

@@ -12,6 +12,7 @@ from sd3tune.assembly import rebuild_cache
 from sd3tune.cache import Cache
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
+from sd3tune.history import accepted
 from sd3tune.processes import started
 from sd3tune.records import NoticeRecord, Record
 from sd3tune.redrawing import redraw
@@ -63,10 +64,8 @@ def _steer(trainer: Trainer, row: Mapping[str, Any]) -> None:
     if row["name"] == "skip":
         for number in row["value"]:
             trainer.engine.skip(int(number))
-    elif row["name"] == "set" and not row["refused"]:
-        wanted = {name: value for name, value in row["value"].items() if name in STEERING}
-        if wanted:
-            trainer.set(**wanted)
+    elif wanted := {name: value for name, value in accepted(row).items() if name in STEERING}:
+        trainer.set(**wanted)
 
 
 def _verdict(folder: RunFolder, trainer: Trainer, apart: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3tune.assembly import plan_digest, rebuild_cache
 from sd3tune.cache import Cache
+from sd3tune.config.reading import steered
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import CheckpointError
 from sd3tune.locking import Lock
@@ -65,10 +66,7 @@ def alone(run: str | Path, processes: Processes) -> Iterator[None]:
 
 def as_it_was(config: RunConfig, state: Mapping[str, Any]) -> RunConfig:
     """A run's settings with what a person had changed by the time of a checkpoint. Raises: ConfigError."""
-    live = {k: tuple(v) if isinstance(v, list) else v for k, v in state["live"].items()}
-    if live.get("max_train_steps") is not None:
-        live["num_train_epochs"] = None
-    return config.replace(**live)
+    return steered(config, state["live"])
 
 
 def shared_out(config: RunConfig, count: int) -> RunConfig:

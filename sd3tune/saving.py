@@ -102,7 +102,8 @@ class Saver:
             self._history.segment = 1 + max((line.get("segment", 0) for line in self.folder.read_history()), default=0)
         record = SegmentRecord(step=step, from_step=step, parent=parent, why=why, live=live, skipped=tuple(skipped))
         self.tell(record)
-        if self.main:
+        best = keeping.best_of(self.folder.checkpoint_folder) if self.main else None
+        if best is not None and best[0] > step:
             keeping.forget_best(self.folder.checkpoint_folder, step, self.folder.read_history())
         return record
 

@@ -16,7 +16,7 @@ from sd3tune.building import build, manifest_of, marks_of
 from sd3tune.cache import Cache, CacheBuilder
 from sd3tune.charts import save_losses
 from sd3tune.config.advice import in_short
-from sd3tune.config.reading import HOW, frozen, is_live, mapping_of
+from sd3tune.config.reading import HOW, frozen, is_live, mapping_of, steered
 from sd3tune.config.schema import RunConfig
 from sd3tune.control import interrupts_deferred, signals_ignored, terminated_as_interrupt
 from sd3tune.data.buckets import Placement
@@ -240,7 +240,7 @@ class Trainer:
                 yield from self._leave_out(error.refusal, before)
             else:
                 if self.steps_done < before:
-                    yield from self._branch("guard", stays=())
+                    yield from self._branch("guard")
                 yield self._refusal(error.refusal, "the run ends")
                 raise
             return False
@@ -253,7 +253,7 @@ class Trainer:
         self._awaited = True
         self.engine.skip(refusal.batch)
         if self.steps_done < before:
-            yield from self._branch("guard", stays=())
+            yield from self._branch("guard")
         yield self._refusal(refusal, "left out")
         yield self._tell(CommandRecord(step=self.steps_done, name="skip", value=sorted(self.engine.skipped)))
         if self.steps_done < before:
@@ -462,10 +462,7 @@ class Trainer:
 
     def _changed(self, settings: Mapping[str, Any]) -> RunConfig:
         """The configuration with other values for some settings. Raises: ConfigError."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        if values.get("max_train_steps") is not None:
-            values["num_train_epochs"] = None
-        changed = self.config.replace(**values)
+        changed = steered(self.config, settings)
         self._judge.check(changed)
         return changed
 

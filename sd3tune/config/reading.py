@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,14 @@ def replaced(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     """The same with other values for some settings. Raises: ConfigError with every problem at once."""
     flat, problems = _flatten(settings)
     return _finish({**config.leaves(), **flat}, problems, "the configuration")
+
+
+def steered(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A configuration with settings that were changed on the way, as JSON or YAML hold them. Raises: ConfigError."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    if values.get("max_train_steps") is not None:
+        values["num_train_epochs"] = None
+    return config.replace(**values)
 
 
 def _finish(flat: dict[str, Any], problems: list[str], where: str) -> RunConfig:

@@ -10,6 +10,7 @@ from typing import Any
 from sd3tune.config import presets
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError
+from sd3tune.listing import begun
 from sd3tune.run_folder import RunFolder
 
 Steering = Sequence[tuple[int, dict[str, Any]]]
@@ -63,8 +64,8 @@ def source_of(run: str) -> str:
 
 def last_run(config: RunConfig, but: str = "") -> Path | None:
     """The newest run folder beside where this configuration's runs go, other than ``but``."""
-    found = [path for path in Path(config.run.output_dir).absolute().parent.glob("*/config.yaml") if str(path.parent) != but]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+    found = [path for path in begun(Path(config.run.output_dir).absolute().parent) if str(path) != but]
+    return found[-1] if found else None
 
 
 def difference_to(config: RunConfig, what: str, but: str = "") -> str:

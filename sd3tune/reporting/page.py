@@ -17,6 +17,7 @@ from sd3tune.config.schema import RunConfig
 from sd3tune.config.sections import SECTION_CLASSES
 from sd3tune.curves import curve_of
 from sd3tune.files import write_text
+from sd3tune.history import accepted
 from sd3tune.keeping import best_of
 from sd3tune.listing import at_its_end
 from sd3tune.records import READING
@@ -105,7 +106,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> str:
     steps = [(row["step"], row["loss"]) for row in history if row["type"] == "step" and row["loss"] is not None]
     stays = [(r["step"], r["regularisation_loss"]) for r in history if r["type"] == "step" and r.get("regularisation_loss") is not None]
     evals = [(row["step"], row["loss"]) for row in history if row["type"] == "eval"]
-    marks = [row["step"] for row in history if row["type"] == "command" and row["name"] == "set" and not row["refused"]]
+    marks = [row["step"] for row in history if accepted(row)]
     drawn = [charts.line(curve_of(steps), evals, marks=marks)]
     if stays:
         drawn.append(charts.line(curve_of(stays), name="regularisation loss"))

@@ -16,7 +16,7 @@ from sd3tune.files import write_text
 from sd3tune.launching import POLL, Launched, launch
 from sd3tune.records import CheckpointRecord, CommandRecord, Record
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.pictures import newest_grid
+from sd3tune.validation.history_grid import newest_grid
 
 if TYPE_CHECKING:
     from sd3tune.cache import Cache

@@ -21,9 +21,9 @@ from sd3tune.training.engine import Engine
 from sd3tune.training.prior import Prior
 from sd3tune.validation.evaluate import Rows, by_image, evaluation_levels, evaluation_loss, losses_of, mean
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.history_grid import write_grid
+from sd3tune.validation.history_grid import newest_grid, write_grid
 from sd3tune.validation.painter import Event, seconds_of_a_forward
-from sd3tune.validation.pictures import Kind, Places, newest_grid, of_shots, source_of
+from sd3tune.validation.pictures import Kind, Places, of_shots, source_of
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, by_strength, shots_of
 from sd3tune.validation.validator import at_strength, base_rows, check, draw, painting

@@ -23,6 +23,7 @@ from sd3tune.sampling import exchange, loaded, texts_of
 from sd3tune.shown import duration
 from sd3tune.validation import votes
 from sd3tune.validation.grids import Grid
+from sd3tune.validation.history_grid import about_grid
 from sd3tune.validation.painter import seconds_of_a_forward
 from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, model_settings, of_shots, opened, source_of, title
 from sd3tune.validation.scoring import Scoring
@@ -117,7 +118,8 @@ class Picker:
             yield NoticeRecord(step=self.candidates[-1].step, text=self.price)
         if self.config.evaluation.evaluation_type == "clip":
             yield from self._score()
-        self.grid().save(self.grid_file)
+        rows = [(self._label(candidate), self.row(candidate)) for candidate in self.candidates]
+        self.grid().save(self.grid_file, about_grid(self.config, self.folder, self.shots, rows))
 
     @property
     def grid_file(self) -> Path:
@@ -158,11 +160,11 @@ class Picker:
 
     def grid(self) -> Grid:
         """What is drawn so far: a row for each candidate, with its loss on held-out pictures and its mean CLIP score."""
-        rows = []
-        for candidate in self.candidates:
-            label = [str(candidate), *self._figures(candidate)]
-            rows.append(("\n".join(label), tuple(map(cell_of, self.row(candidate)))))
-        return Grid(tuple(rows), tuple(title(shot, self.shots) for shot in self.shots))
+        rows = tuple((self._label(candidate), tuple(map(cell_of, self.row(candidate)))) for candidate in self.candidates)
+        return Grid(rows, tuple(title(shot, self.shots) for shot in self.shots))
+
+    def _label(self, candidate: Candidate) -> str:
+        return "\n".join([str(candidate), *self._figures(candidate)])
 
     def _figures(self, candidate: Candidate) -> list[str]:
         loss, score = self.losses.get(candidate.step), self.scores.get(candidate)

@@ -62,9 +62,15 @@ def sample(
 
     ``settings`` are those of validation, such as ``validation_guidance=4.0`` or ``validation_adapter_strength=0.8``; the others are the
     run's, or those of ``config``, which must name the model for a file that lies in no run folder. Pictures are new files in ``out``.
+    What is drawn, and in which steps skip-layer guidance is active, is printed first.
     Raises: CheckpointError, ConfigError, ModelError, FileError; TrainingError when a picture could not be drawn.
     """
-    found = [record for record in drawing(file, prompt, out=out, config=config, **settings) if isinstance(record, ImageRecord)]
+    found = []
+    for record in drawing(file, prompt, out=out, config=config, **settings):
+        if isinstance(record, NoticeRecord):
+            print(record.text)  # noqa: T201 (what is drawn, before it takes its time)
+        elif isinstance(record, ImageRecord):
+            found.append(record)
     if failed := next((record for record in found if record.problem), None):
         raise TrainingError(f"{failed.prompt!r} could not be drawn: {failed.problem}")
     return Samples(

@@ -36,7 +36,7 @@ from sd3tune.training.guard import GuardError, Refusal
 from sd3tune.training.peak import total_memory
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.painter import Event
-from sd3tune.validation.shots import Shot
+from sd3tune.validation.shots import Shot, in_words
 from sd3tune.validation.verdict import judged
 
 if TYPE_CHECKING:
@@ -535,9 +535,12 @@ class Trainer:
         self._judge.check(config)
 
     def validate(self) -> Grid:
-        """Draw the validation prompts now and show them above the base model's. Raises: TrainingError without prompts."""
+        """Draw the validation prompts now and show them under the base model's; what is drawn, and in which steps skip-layer guidance is
+        active, is printed first. Raises: TrainingError without prompts."""
         if not self.config.prompts:
             raise TrainingError("there is nothing to draw; set validation_prompt")
+        if self.processes.main:
+            print(in_words(self.config))  # noqa: T201 (before it takes its time)
         for _ in self.validation():
             pass
         return self.grid()

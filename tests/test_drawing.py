@@ -31,9 +31,9 @@ from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.history_grid import MOST, steps_shown
+from sd3tune.validation.history_grid import MOST, grid_of, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
-from sd3tune.validation.pictures import Source, about, drawn, grid_of
+from sd3tune.validation.pictures import Source, about, drawn
 from sd3tune.validation.sampler import Guidance
 from sd3tune.validation.scoring import Scoring
 from sd3tune.validation.shots import Shot, in_words, shots_of, together
@@ -633,7 +633,7 @@ def differing(one: Image.Image, other: Image.Image) -> int:
 
 
 @pytest.mark.parametrize("file", ["", pytest.param("lora.safetensors", marks=pytest.mark.full), "checkpoints/step-000006", "comfyui"])
-def test_samples_are_the_runs_own_pictures(run: st.Trainer, tmp_path: Path, file: str) -> None:
+def test_samples_are_the_runs_own_pictures(run: st.Trainer, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From the run folder, its file, a checkpoint or ComfyUI's layout: within 2 of 255 of what the run drew."""
     path = run.folder.path / file
     settings: dict[str, Any] = {}
@@ -643,6 +643,8 @@ def test_samples_are_the_runs_own_pictures(run: st.Trainer, tmp_path: Path, file
         settings = {"config": run.config}
     made = st.sample(path, "lock", out=tmp_path / "samples", num_validation_images=1, **settings)
     assert made.paths[0].name == "0000-lock.png"
+    said = "1 of 1 prompts, 64x64, 3 steps, guidance 4; skip-layer guidance on blocks 7, 8 x 2.8, steps 1-2 of 3"
+    assert capsys.readouterr().out.splitlines()[0] == said
     with Image.open(run.folder.images(6) / "00.png") as own:
         assert differing(made.pictures[0], own) <= 2
     again = st.sample(path, "lock", out=tmp_path / "samples", num_validation_images=1, **settings)

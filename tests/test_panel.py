@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
 
 from sd3tune.config import presets
 from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.inbox import Command
 from sd3tune.panels import TrainingPanel, record, run, showing, taking
+from sd3tune.panels.clicking import Clickable, Part, part_of
 from sd3tune.panels.lab import GridLab
 from sd3tune.panels.pictures import jpeg
 from sd3tune.shown import duration
 from sd3tune.snapshot import LEGAL, TERMINAL, Gauges, Snapshot
+from sd3tune.validation.grids import Grid
 from sd3tune.xy import PriceRecord, XYRecord, grid_of, label
 
 
@@ -287,6 +290,11 @@ def test_a_grid_keeps_its_labels_whatever_is_typed_while_it_is_drawn(live: Train
     board.look(Snapshot(state="training", cells=tuple(cells)))
     names = [", ".join(label(name, value) for name, value in one.settings.items()) for one in cells]
     assert list(board.cell.options) == [(names[0], "0,0"), (names[1], "0,1")]
+    assert [one.description for one in board.shown.buttons] == [f"use {name}" for name in names]
+    board.shown.buttons[1].click()
+    assert board.cell.value == "0,1"
+    assert f"Taken over: {names[1]}" in board.note.value
+    assert live.config.validation.validation_guidance == 3.0
     live.runner._put(state="training")
 
 
@@ -475,3 +483,34 @@ def test_only_core_widgets_that_both_versions_have_and_each_has_a_name(fake: Fak
     for one in found:
         if type(one).__name__ not in ("VBox", "HBox", "HTML", "Image"):
             assert one.description or (one.tooltip if "tooltip" in one.traits() else one.description_tooltip)
+
+
+def test_what_can_be_clicked_lies_over_the_cells_of_a_grid() -> None:
+    """Each part's box, in shares of the whole picture, is exactly where that cell's picture was drawn."""
+    colours = [[(r * 80, c * 60, 90) for c in range(3)] for r in range(2)]
+    rows = tuple((f"row {r}", tuple(Image.new("RGB", (150, 140), one) for one in colours[r])) for r in range(2))
+    grid = Grid(rows, ("a", "b", "c"))
+    whole = grid.image()
+    for r, c in ((0, 0), (0, 2), (1, 1)):
+        part = part_of(grid, r, c, "one")
+        left, top = round(part.left * whole.width), round(part.top * whole.height)
+        box = (left, top, left + round(part.width * whole.width), top + round(part.height * whole.height))
+        assert whole.crop(box).getcolors() == [(150 * 140, colours[r][c])]
+        around = whole.crop((box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)).getcolors()
+        assert around is not None
+        assert {colour: count for count, colour in around}[colours[r][c]] == 150 * 140
+
+
+def test_a_click_tells_which_part_and_only_what_changed_is_sent() -> None:
+    clicked: list[int] = []
+    shown = Clickable(clicked.append)
+    parts = [Part("a", 0.0, 0.0, 0.5, 1.0), Part("b", 0.5, 0.0, 0.5, 1.0)]
+    shown.show(b"one", parts)
+    first, second = shown.buttons
+    second.click()
+    assert clicked == [1]
+    assert (second.layout.left, second.layout.width, second.description) == ("50.000%", "50.000%", "b")
+    shown.show(b"two", parts[:1])
+    assert (shown.image.value, shown.buttons) == (b"two", (first,))
+    shown.show(b"two", parts)
+    assert shown.buttons == (first, second), "buttons are made once"

@@ -217,6 +217,14 @@ def test_grid_and_text_say_what_is_known(picked: tuple[Path, list[Record]]) -> N
     assert scores[3].scores == pytest.approx(own[0]["scores"])
     with Image.open(path / "picks" / "grid.png") as opened:
         assert opened.tobytes() == picker.grid().image().tobytes()
+        about = json.loads(opened.text["sd3tune"])  # type: ignore[attr-defined]
+    assert about == json.loads((path / "picks" / "grid.json").read_text())
+    assert [row["label"] for row in about["rows"]] == wanted
+    assert about["columns"] == ["lock", "croissant"]
+    for row, candidate in zip(about["rows"], picker.candidates, strict=True):
+        for cell in row["cells"]:
+            shot = json.loads((path / cell["file"]).with_suffix(".json").read_text())["shot"]
+            assert (cell["shot"], cell["shot"]["strength"]) == (shot, candidate.strength)
 
 
 def test_other_prompts_are_encoded_and_drawn(run: Path) -> None:

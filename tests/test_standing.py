@@ -17,6 +17,7 @@ from sd3tune.panels import TrainingPanel, compare, record
 from sd3tune.panels.pictures import PicturesView
 from sd3tune.records import SegmentRecord
 from sd3tune.run_folder import RunFolder
+from sd3tune.validation.history_grid import rows_of, steps_shown
 from sd3tune.validation.pictures import Places, Source, write_picture, write_problem
 from sd3tune.validation.shots import shots_of
 from sd3tune.validation.standing import standing, steps_drawn
@@ -64,6 +65,20 @@ def colour_of(view: PicturesView) -> Any:
     strong = {tuple(level > 128 for level in pixel) for _, pixel in picture.getcolors(1 << 20)}  # type: ignore[union-attr, misc]
     names = {(True, False, False): "red", (False, True, False): "lime", (False, False, True): "blue"}
     return ", ".join(sorted(names[one] for one in strong & names.keys()))
+
+
+def test_after_a_rewind_the_grid_of_the_folder_has_no_row_that_was_left(run: Drawing) -> None:
+    """Neither as a step of its own, nor as a cell of a step that was drawn again with fewer prompts."""
+    config, left = presets.playground(validation_prompt=("lock", "rooster")), RunFolder(run.folder.path)
+    shots = shots_of(config)
+    assert [label for label, _ in rows_of(left, shots, steps_shown(left, 30))] == ["base model", "LoRA, step 10", "LoRA, step 20"]
+    run.go_back(5)
+    run.draw(20, "lime", "lock")
+    assert steps_shown(left, 30) == [20]
+    (_, base), (label, cells) = rows_of(left, shots, [20])
+    assert label == "LoRA, step 20"
+    assert [one is not None for one in base] == [True, True]
+    assert [one is not None for one in cells] == [True, False]
 
 
 def test_after_a_rewind_the_view_shows_what_the_run_stands_on(run: Drawing) -> None:

@@ -249,6 +249,16 @@ def test_pictures_scrub_by_step_and_the_wipe_lays_the_adapter_over_the_base(stud
         )
         assert apart.abs().mean() < 4  # JPEG
     view.which.value = -1
+    first, second, third, fourth = view.shown.buttons
+    assert [one.description for one in (first, fourth)] == ["lock, base model: full size", f"rooster, LoRA, step {step}: full size"]
+    for clicked, wanted in ((first, base), (fourth, Image.open(shown_at(folder, step)[1].path).convert("RGB"))):
+        clicked.click()
+        assert view.image.value == jpeg(wanted)
+        (back,) = view.shown.buttons
+        assert back.description == "all pictures again"
+        back.click()
+        assert view.image.value == whole
+        assert view.shown.buttons == (first, second, third, fourth)
 
 
 def test_the_report_of_a_run_needs_no_kernel_and_stays_small(studio: Studio) -> None:

@@ -11,7 +11,8 @@ import ipywidgets as widgets
 from sd3tune.errors import ConfigError
 from sd3tune.panels import fields
 from sd3tune.panels.base import Displayed
-from sd3tune.panels.looks import button, offer, put, row, sentence, tip
+from sd3tune.panels.clicking import Clickable, part_of
+from sd3tune.panels.looks import button, offer, put, row, sentence, tip, visible
 from sd3tune.panels.pictures import jpeg
 from sd3tune.panels.run import RunPanel
 from sd3tune.snapshot import LEGAL, TERMINAL
@@ -51,9 +52,9 @@ class GridLab(Displayed):
             widgets.Dropdown(options=[("no cell yet", "")], description="Cell", layout=wide), "whose settings are taken over"
         )
         self.cost, self.note = widgets.HTML(), widgets.HTML()
-        self.image: Any = widgets.Image(
-            format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start", display="none")
-        )
+        self.shown = Clickable(self._clicked)
+        self.image = self.shown.image
+        visible(self.shown.widget, False)
         self._seen: tuple[XYRecord, ...] = ()
         self._price: PriceRecord | None = None
         self._told = panel.runner.snapshot.refusals
@@ -66,7 +67,7 @@ class GridLab(Displayed):
                 row(self.prompt, ask, go),
                 self.cost,
                 self.note,
-                self.image,
+                self.shown.widget,
                 row(self.cell, button("Use this cell", self.use, "its settings go into the form, and into a live run")),
             ],
             layout=widgets.Layout(width="100%", max_width="1100px"),
@@ -147,14 +148,20 @@ class GridLab(Displayed):
         another = not self._seen or (self._seen[-1].x, self._seen[-1].y) != (x, y)
         self._seen = found
         cells = {(one.row, one.column): one for one in found}
-        put(self.image, jpeg(grid_of(x, y, cells).image()))
-        self.image.layout.display = ""
+        grid = grid_of(x, y, cells)
+        self.shown.show(jpeg(grid.image()), [part_of(grid, one.row, one.column, f"use {_words(one)}") for one in found])
+        visible(self.shown.widget, True)
         count = len(x[1]) * len(y[1])
         best = max((one for one in found if one.clip is not None), key=lambda one: one.clip or 0.0, default=None)
         score = f" The highest CLIP score, {best.clip:.3f}, has {_words(best)}." if best is not None else ""
         put(self.note, sentence(f"{len(cells)} of {count} cells are drawn.{score}"))
         options = [(_words(one), f"{one.row},{one.column}") for one in found]
         offer(self.cell, options, chosen=options[0][1] if another else None)
+
+    def _clicked(self, place: int) -> None:
+        """Take over the cell that was clicked."""
+        put(self.cell, self.cell.options[place][1])
+        self.use()
 
     def use(self) -> None:
         """Take the chosen cell's settings over."""

@@ -10,26 +10,33 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
+from sd3tune.panels.clicking import Clickable, Part, part_of
 from sd3tune.panels.looks import offer, put, row, sentence, tip, visible
 from sd3tune.records import READING, ScoreRecord
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.pictures import Found, cell_of, drawn, rows_of, title
+from sd3tune.validation.history_grid import Rows, rows_of
+from sd3tune.validation.pictures import Found, cell_of, drawn, title
 from sd3tune.validation.standing import counting, standing, steps_drawn
 
 SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
 
 ALL = "all, small"
+BACK = Part("all pictures again", 0.0, 0.0, 1.0, 1.0)
+
+Looked = tuple[bytes, list[Part], list[tuple[int, int]]]
+"""A picture, what can be clicked on it, and what each click shows: which picture, and the wipe in %."""
 
 
 class PicturesView:
-    """Shows what a run stands on. Arrow keys go through the steps; the wipe lays the adapter over the base."""
+    """Shows what a run stands on. Arrow keys go through the steps; a click shows one at full size, the wipe lays it over the base's."""
 
     def __init__(self) -> None:
         self._folder: RunFolder | None = None
-        self._made: dict[object, bytes] = {}
-        """Grids and wipes, by the files they were made of."""
+        self._made: dict[object, Looked] = {}
+        """Grids and wipes with what can be clicked, by the files they were made of."""
+        self._behind: list[tuple[int, int]] = []
         self._choosing = False
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
@@ -43,9 +50,10 @@ class PicturesView:
             "how much of the picture is the adapter's, from the left; the rest is the base model's; arrow keys move the edge",
         )
         self.said = widgets.HTML()
-        self.image: Any = widgets.Image(format="jpeg", layout=widgets.Layout(max_width="100%", height="auto", align_self="flex-start"))
+        self.shown = Clickable(self._clicked)
+        self.image: Any = self.shown.image
         self.widget: Any = widgets.VBox(
-            [row(self.number, self.which, self.wipe), self.said, self.image], layout=widgets.Layout(width="100%", display="none")
+            [row(self.number, self.which, self.wipe), self.said, self.shown.widget], layout=widgets.Layout(width="100%", display="none")
         )
         for one in (self.number, self.which, self.wipe):
             one.observe(lambda _: self.show(), "value")
@@ -82,22 +90,36 @@ class PicturesView:
         if self._folder is None or self.step < 0 or self._choosing:
             return
         pictures = shown_at(self._folder, self.step)
-        self._name(pictures)
-        alone = self.which.value is not None and self.which.value >= 0
-        visible(self.wipe, alone)
+        large = [*pictures, *(one for one in standing(self._folder, self.step) if one.kind == "ema" and one not in pictures)]
+        self._name(large)
+        visible(self.wipe, self.alone)
         put(self.said, sentence(in_words(self._folder, self.step, pictures)))
-        files = (*_files(self._folder, self.step), *_files(self._folder, 0), *(one.path for one in pictures))
-        key = (self.step, self.which.value if alone else -1, self.wipe.value if alone else 0, files)
+        files = (*_files(self._folder, self.step), *_files(self._folder, 0), *(one.path for one in large))
+        key = (self.step, self.which.value if self.alone else -1, self.wipe.value if self.alone else 0, files)
         if key not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
-            self._made[key] = self._one(pictures[self.which.value]) if alone else jpeg(grid_at(self._folder, self.step).image())
-        put(self.image, self._made[key])
+            self._made[key] = self._one(large[self.which.value]) if self.alone else self._all(large)
+        picture, parts, self._behind = self._made[key]
+        self.shown.show(picture, parts)
+
+    @property
+    def alone(self) -> bool:
+        """Whether one picture is shown at full size."""
+        return self.which.value is not None and self.which.value >= 0
+
+    def _clicked(self, place: int) -> None:
+        """One picture of the grid at full size, the base's or the adapter's alone; or all of them again."""
+        which, share = self._behind[place]
+        put(self.wipe, share)
+        put(self.which, which)
 
     def _name(self, pictures: list[Found]) -> None:
         """Offer the pictures of a step by name; the one that is looked at stays, by its name or else by its place."""
-        shots = [one.shot for one in pictures]
-        names = [(ALL, -1), *((title(shot, shots) or "no prompt", k) for k, shot in enumerate(shots))]
+        shots = [one.shot for one in pictures if one.kind == pictures[0].kind]
+        several = len(shots) < len(pictures)
+        called = [title(one.shot, shots) + (", average" if several and one.kind == "ema" else "") for one in pictures]
+        names = [(ALL, -1), *((name, k) for k, name in enumerate(called))]
         chosen = next((k for name, k in names if name == self.which.label), self.which.value)
         self._choosing = True
         try:
@@ -105,16 +127,31 @@ class PicturesView:
         finally:
             self._choosing = False
 
-    def _one(self, found: Found) -> bytes:
+    def _all(self, large: list[Found]) -> Looked:
+        """The grid; behind each of its pictures, the place among the large ones and how much of it is not the base model's."""
+        assert self._folder is not None
+        rows, columns = found_at(self._folder, self.step)
+        grid = _grid(rows, columns, SIDE)
+        parts, behind = [], []
+        there = [(r, c, one) for r, (_, found) in enumerate(rows) for c, one in enumerate(found) if one is not None and not one.problem]
+        for r, c, found in there:
+            place = next((k for k, one in enumerate(large) if _shows(one, found)), None)
+            if place is not None:
+                parts.append(part_of(grid, r, c, f"{columns[c]}, {rows[r][0]}: full size"))
+                behind.append((place, 0 if found.kind == "base" else 100))
+        return jpeg(grid.image()), parts, behind
+
+    def _one(self, found: Found) -> Looked:
+        """One picture at full size, its right part the base model's."""
         assert self._folder is not None
         base = next((one for one in drawn(self._folder, 0) if one.kind == "base" and one.shot == found.shot.base), None)
         ours, theirs = cell_of(found), cell_of(base)
         if not isinstance(ours, Image.Image):
-            return jpeg(Grid((("", (ours,)),), ("",)).image())
+            return jpeg(Grid((("", (ours,)),), ("",)).image()), [BACK], [(-1, self.wipe.value)]
         if isinstance(theirs, Image.Image) and theirs.size == ours.size:
             edge = ours.width * self.wipe.value // 100
             ours.paste(theirs.crop((edge, 0, ours.width, ours.height)), (edge, 0))
-        return jpeg(ours)
+        return jpeg(ours), [BACK], [(-1, self.wipe.value)]
 
 
 def shown_at(folder: RunFolder, step: int) -> list[Found]:
@@ -128,11 +165,24 @@ def _files(folder: RunFolder, step: int) -> list[tuple[str, int]]:
     return sorted((one.name, one.stat().st_mtime_ns) for one in folder.images(step).glob("*.json"))
 
 
+def found_at(folder: RunFolder, step: int) -> tuple[Rows, tuple[str, ...]]:
+    """The base model's pictures over a step's, in labelled rows, and the columns' titles."""
+    shots = [one.shot for one in shown_at(folder, step)]
+    return rows_of(folder, shots, [step]), tuple(title(shot, shots) for shot in shots)
+
+
 def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
     """The base model's pictures over a step's, each at most ``side`` px."""
-    shots = [one.shot for one in shown_at(folder, step)]
-    rows = [(label, tuple(small(one, side) for one in found)) for label, found in rows_of(folder, shots, [step])]
-    return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
+    return _grid(*found_at(folder, step), side)
+
+
+def _shows(large: Found, found: Found) -> bool:
+    """Whether a picture of the grid is a large one, or the base model's that is part of it."""
+    return found == large or (found.kind == "base" and found.shot == large.shot.base)
+
+
+def _grid(rows: Rows, columns: tuple[str, ...], side: int) -> Grid:
+    return Grid(tuple((label, tuple(small(one, side) for one in found)) for label, found in rows), columns)
 
 
 def small(found: Found | None, side: int) -> Image.Image | str | None:

@@ -17,6 +17,9 @@ from sd3tune.files import write_bytes, write_text
 MARGIN, LABEL, CELL = 8, 120, 128
 """Pixels: between cells, width of the row labels, least width of a cell."""
 
+TOP = 2 * MARGIN + 34
+"""Pixels above the first row: two lines of a column's title."""
+
 KEY = "sd3tune"
 """The PNG's text that holds what a picture or a grid was drawn from."""
 
@@ -29,23 +32,37 @@ class Grid:
     """Label (of one or more lines) and cells: a picture, a sentence that says why there is none, or nothing."""
     columns: tuple[str, ...]
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Width and height of every cell in pixels: those of the largest picture."""
+        pictures = [p for _, row in self.rows for p in row if isinstance(p, Image.Image)]
+        return max([CELL, *(p.width for p in pictures)]), max([CELL, *(p.height for p in pictures)])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole grid in pixels."""
+        x, y = self.corner(len(self.rows), len(self.columns))
+        return x + MARGIN, y
+
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Where a cell begins, in pixels from the left and from the top."""
+        width, height = self.cell
+        return LABEL + column * (width + MARGIN), TOP + row * (height + MARGIN)
+
     def image(self) -> Image.Image:
         """The whole grid as one picture; a missing cell stays grey, and one that failed says why."""
-        pictures = [p for _, row in self.rows for p in row if isinstance(p, Image.Image)]
-        width = max([CELL, *(p.width for p in pictures)])
-        height = max([CELL, *(p.height for p in pictures)])
+        width, height = self.cell
         font = ImageFont.load_default(14)
-        top = 2 * MARGIN + 34
-        whole = Image.new("RGB", (LABEL + len(self.columns) * (width + MARGIN) + MARGIN, top + len(self.rows) * (height + MARGIN)), "white")
+        whole = Image.new("RGB", self.size, "white")
         pen = ImageDraw.Draw(whole)
         for c, title in enumerate(self.columns):
-            _write(pen, _wrap(title, width, font), (LABEL + c * (width + MARGIN), MARGIN), font)
+            _write(pen, _wrap(title, width, font), (self.corner(0, c)[0], MARGIN), font)
         for r, (label, row) in enumerate(self.rows):
-            y = top + r * (height + MARGIN)
+            y = self.corner(r, 0)[1]
             words = [line for part in label.split("\n") for line in _wrap(part, LABEL - 2 * MARGIN, font)]
             _write(pen, words, (MARGIN, y + height // 2 - 8 * len(words)), font)
             for c, picture in enumerate(row):
-                x = LABEL + c * (width + MARGIN)
+                x = self.corner(r, c)[0]
                 if not isinstance(picture, Image.Image):
                     pen.rectangle((x, y, x + width - 1, y + height - 1), fill=(235, 235, 235))
                     lines = _wrap(picture or "", width - 8, font, most=(height - 8) // 17)

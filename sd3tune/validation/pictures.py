@@ -12,18 +12,16 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sd3tune.cache.decoding import cut
 from sd3tune.cache.reading import Cache
 from sd3tune.config.schema import RunConfig
-from sd3tune.data.planning import Plan
 from sd3tune.errors import FileError
 from sd3tune.files import digest, make_folder, write_text, write_with
 from sd3tune.models import components
 from sd3tune.records import ImageRecord
-from sd3tune.run_folder import RunFolder, picture_folders, step_of
+from sd3tune.run_folder import RunFolder
 from sd3tune.validation.comfyui import unmatched, workflow
-from sd3tune.validation.grids import KEY, Grid
-from sd3tune.validation.shots import Shot, shots_of
+from sd3tune.validation.grids import KEY
+from sd3tune.validation.shots import Shot
 from sd3tune.validation.snippet import sample_code
 
 Kind = Literal["base", "adapter", "ema"]
@@ -200,33 +198,6 @@ class Places:
         return shot if self._kind == "base" else shot.place
 
 
-def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int], *, most: int | None = None) -> Grid:
-    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions.
-
-    Pictures are made smaller where all together have more than ``most`` pixels.
-    """
-    shots, found = shots_of(config), rows_of(folder, shots_of(config), steps)
-    each = None if most is None else most / max(1, len(found) * len(shots))
-    rows = [(label, tuple(cell_of(one, each) for one in cells)) for label, cells in found]
-    placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
-    references = tuple(cut(placements[shot.prompt]) if shot.prompt in placements else None for shot in shots)
-    if any(references):
-        rows.append(("reference", references))
-    return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
-
-
-def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int]) -> list[tuple[str, tuple[Found | None, ...]]]:
-    """What there is of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label."""
-    base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
-    rows = [("base model", tuple(base.get(shot.base) for shot in shots))] if base else []
-    for step in steps:
-        for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
-            there = {found.shot.place: found for found in drawn(folder, step) if found.kind == kind}
-            if there:
-                rows.append((label, tuple(there.get(shot.place) for shot in shots)))
-    return rows
-
-
 def title(shot: Shot, among: Sequence[Shot]) -> str:
     """What tells a shot from others with the same prompt."""
     same = [other for other in among if other.prompt == shot.prompt]
@@ -236,12 +207,6 @@ def title(shot: Shot, among: Sequence[Shot]) -> str:
     if len({other.seed for other in same}) > 1:
         parts.append(f"seed {shot.seed}")
     return " ".join(parts)
-
-
-def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> Grid:
-    """The newest pictures drawn after up to ``step`` updates under the base model's, over the real ones."""
-    steps = [step_of(at) for at in picture_folders(folder) if step_of(at) <= step]
-    return grid_of(config, folder, made, steps[-1:])
 
 
 def cell_of(found: Found | None, most: float | None = None) -> Image.Image | str | None:

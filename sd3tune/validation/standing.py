@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sd3tune.history import follow_segments, rows_of
@@ -26,11 +27,14 @@ def steps_drawn(folder: RunFolder) -> list[int]:
     return [step for step in map(step_of, picture_folders(folder)) if step in told or not told]
 
 
-def standing(folder: RunFolder, step: int) -> list[Found]:
-    """The pictures of a step that count, in the order they were drawn; all that lie there when the history tells of none."""
-    rows = [row for row in counting(folder) if row["type"] == ImageRecord.type]
-    told = {(row.get("kind"), _place(row)) for row in rows if row["step"] == step}
-    return [one for one in drawn(folder, step) if (one.kind, one.shot.place) in told or not rows]
+def standing(folder: RunFolder, step: int, told: Sequence[dict[str, Any]] | None = None) -> list[Found]:
+    """The pictures of a step that count, in the order they were drawn; all that lie there when the history tells of none.
+
+    ``told`` is what `counting` gave, where several steps are asked for.
+    """
+    rows = [row for row in (counting(folder) if told is None else told) if row["type"] == ImageRecord.type]
+    counted = {(row.get("kind"), _place(row)) for row in rows if row["step"] == step}
+    return [one for one in drawn(folder, step) if (one.kind, one.shot.place) in counted or not rows]
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -124,6 +124,23 @@ def test_a_run_from_start_to_the_report_that_outlives_its_kernel(lab: Lab) -> No
     page.locator("div[role=status]", has_text=re.compile(r"^Step 0: [24] pictures of the base model alone")).last.wait_for(timeout=PATIENCE)
     assert steps.input_value() != newest
     steps.press("ArrowUp")
+    part = page.get_by_role("button", name=re.compile(r"^croissant, LoRA, step \d+: full size$")).last
+    part.wait_for(timeout=PATIENCE)
+    image = page.locator(".sd3tune-clicks img").last
+    shown, over = image.bounding_box(), part.bounding_box()
+    assert shown is not None
+    assert over is not None
+    assert shown["x"] < over["x"] < over["x"] + over["width"] < shown["x"] + shown["width"]
+    assert shown["y"] < over["y"] < over["y"] + over["height"] < shown["y"] + shown["height"]
+    page.mouse.click(over["x"] + over["width"] / 2, over["y"] + over["height"] / 2)
+    back = page.get_by_role("button", name="all pictures again", exact=True).last
+    back.wait_for(timeout=PATIENCE)
+    page.wait_for_function("one => one.naturalWidth === 64", arg=image.element_handle(), timeout=PATIENCE)  # the picture's own size
+    back.focus()
+    back.press("Enter")
+    part.wait_for(timeout=PATIENCE)
+    part.hover()
+    shoot(lab, "clicks")
     lab.press("Go on")
     stood = int(re.search(r"step (\d+)", lab.until(r"^training · step"))[1])  # type: ignore[index]
 

@@ -128,7 +128,7 @@ class Together(Processes):
         return value  # type: ignore[return-value]
 
     def _lost(self, error: RuntimeError) -> TrainingError:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
         return TrainingError(
             f"process {self.rank} of {self.count}: another process is gone ({first}); look at its message, and resume from the newest "
             "checkpoint"

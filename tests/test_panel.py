@@ -514,3 +514,29 @@ def test_a_click_tells_which_part_and_only_what_changed_is_sent() -> None:
     assert (shown.image.value, shown.buttons) == (b"two", (first,))
     shown.show(b"two", parts)
     assert shown.buttons == (first, second), "buttons are made once"
+
+
+def test_a_run_that_has_cost_what_it_may_is_saved_and_stopped_once(live: TrainingPanel) -> None:
+    """By the price per hour and the time from the first update to the newest; a higher sum lets it go on."""
+    price, most, runner = live.price, live.spending.most, live.runner
+
+    def asked() -> list[str]:
+        live.refresh()
+        return [runner._inbox.queue.get_nowait().name for _ in range(runner._inbox.queue.qsize())]
+
+    runner._put(step=100, count=100, seconds_per_update_in_all=3.6)  # 0.1 h in all
+    assert most.disabled
+    price.value = 20.0
+    assert not most.disabled
+    assert asked() == []
+    most.value = 2.1
+    assert asked() == []
+    most.value = 2.0
+    assert asked() == ["stop"]
+    assert "About 2.00 of 2 are spent: the run is saved and stopped" in live.note.value
+    assert asked() == [], "it is asked once"
+    most.value = 1.9
+    assert asked() == ["stop"], "another limit is another question"
+    price.value = 0.0
+    most.value = 1.8
+    assert asked() == []

@@ -16,13 +16,14 @@ from sd3tune.panels import codes, record, showing, taking
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
 from sd3tune.panels.forms import Form
-from sd3tune.panels.looks import column, put, row, sentence, tip, visible
+from sd3tune.panels.looks import column, put, row, sentence, visible
 from sd3tune.panels.making import make_trainer, prepared, resumed
 from sd3tune.panels.pictures import PicturesView
 from sd3tune.panels.pressing import Controls
 from sd3tune.panels.redrawn import Redrawn
 from sd3tune.panels.relief import Relief
 from sd3tune.panels.retold import Retold
+from sd3tune.panels.spending import Spending
 from sd3tune.run_folder import RunFolder
 from sd3tune.runner import Runner
 from sd3tune.snapshot import TERMINAL, Snapshot, Until
@@ -40,8 +41,7 @@ TICK = 0.4
 class RunPanel(Panel):
     """Buttons, status, curves, pictures and log of one run, ``runner``. Settings come from the draft; live ones reach the run at once.
 
-    Without a cache, *Start* encodes what is missing first, from ``data``; a cache knows its data. ``make`` makes the trainer. ``price`` is
-    what an hour costs.
+    Without a cache, *Start* encodes what is missing first, from ``data``; a cache knows its data. ``make`` makes the trainer.
     """
 
     def __init__(
@@ -53,12 +53,8 @@ class RunPanel(Panel):
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self._controls = Controls(self.press)
         self.buttons, self.checkpoint = self._controls.buttons, self._controls.checkpoint
-        self.price: Any = tip(
-            widgets.FloatText(
-                value=0, description="Price per hour", style={"description_width": "100px"}, layout={"width": "190px", "max_width": "98%"}
-            ),
-            "what an hour of this machine costs, to show what is still to pay",
-        )
+        self.spending = Spending()
+        self.price = self.spending.price
         self.status, self.words, self.changed, self.previews, self.log = (widgets.HTML() for _ in range(5))
         self.chart, self.others, self.levels = (widgets.HTML() for _ in range(3))
         self.pictures, self.relief, self.retold = PicturesView(), Relief(self._relieved), Retold(self)
@@ -259,6 +255,9 @@ class RunPanel(Panel):
             if now.refusals != self._told:
                 self._told = now.refusals
                 self.say(f"Not done: {now.refused}", bad=True)
+            if said := self.spending.used_up(now):
+                self.runner.send("stop")
+                self.say(said, bad=True)
             if now.live and self.runner.answered:
                 self._sync(self.runner.snapshot)
 
@@ -272,7 +271,8 @@ class RunPanel(Panel):
         pressed = [one for name, one in self.buttons.items() if name != "rewind"]
         return widgets.VBox(
             [
-                self.status, row(*pressed), row(self.checkpoint, self.buttons["rewind"], self.price), self.note, self.relief.widget,
+                self.status, row(*pressed), row(self.checkpoint, self.buttons["rewind"], self.price, self.spending.most),
+                self.note, self.relief.widget,
                 row(column(self.chart, self.words, self.changed, grow=2, least=420), column(self.others, self.levels, least=280)),
                 self.previews, self.pictures.widget, self.log, self.retold.widget,
             ],

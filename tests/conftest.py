@@ -31,13 +31,11 @@ def _own_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _settled() -> Iterator[None]:
-    """What was imported until now stays: collecting garbage, which releasing a model does, need not look at it each time."""
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
+    """What was imported before a file's tests stays: collecting garbage, which releasing a model does, need not look at it each time."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

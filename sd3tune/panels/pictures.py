@@ -89,8 +89,9 @@ class PicturesView:
         """Bring picture and sentence up to date."""
         if self._folder is None or self.step < 0 or self._choosing:
             return
-        pictures = shown_at(self._folder, self.step)
-        large = [*pictures, *(one for one in standing(self._folder, self.step) if one.kind == "ema" and one not in pictures)]
+        found = standing(self._folder, self.step)
+        pictures = looked_at(found)
+        large = [*pictures, *(one for one in found if one.kind == "ema" and one not in pictures)]
         self._name(large)
         visible(self.wipe, self.alone)
         put(self.said, sentence(in_words(self._folder, self.step, pictures)))
@@ -156,7 +157,11 @@ class PicturesView:
 
 def shown_at(folder: RunFolder, step: int) -> list[Found]:
     """The pictures that a step is looked at by: the adapter's, or the base model's where there are no others."""
-    found = standing(folder, step)
+    return looked_at(standing(folder, step))
+
+
+def looked_at(found: list[Found]) -> list[Found]:
+    """The adapter's of some pictures, or all where it has none."""
     return [one for one in found if one.kind == "adapter"] or found
 
 

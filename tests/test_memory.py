@@ -10,7 +10,7 @@ import torch
 from conftest import Workbench
 
 import sd3tune as st
-from sd3tune.models import adapters, components, memory
+from sd3tune.models import adapters, components, memory, savings
 from sd3tune.models.adapters import Spec
 from sd3tune.models.quantize import PRECISIONS, bytes_of, quantise
 
@@ -203,3 +203,26 @@ def test_automatic_checkpointing_is_for_gpus(bench: Workbench) -> None:
     assert not checkpointing(bench.config(), CPU)
     assert checkpointing(bench.config(), torch.device("cuda"))
     assert not checkpointing(bench.config(gradient_checkpointing=False), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("room", [5e9, 11e9, 16e9, 24e9, 80e9, 1e13])
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_the_largest_batch_fits_and_the_next_does_not(precision: Any, room: float) -> None:
+    config = st.RunConfig.make(model_flavour="sd35-medium", base_model_precision=precision)
+    found = savings.largest_batch(config, side=1024, room=room)
+    fits = [memory.predict(config.replace(train_batch_size=size), side=1024).peak < room for size in range(1, savings.MOST + 1)]
+    assert found == sum(fits)
+    assert fits == sorted(fits, reverse=True), "a larger batch never takes less"
+    said = savings.batches(config, side=1024, room=room)
+    assert said.startswith(f"Largest batch size that fits: {found}") == bool(found)
+    assert said.endswith("or more.") == (found == savings.MOST)
+
+
+def test_a_base_in_fewer_bits_is_named_where_it_makes_room() -> None:
+    config = st.RunConfig.make(model_flavour="sd35-medium", train_batch_size=1)
+    own, smaller = (
+        savings.largest_batch(config.replace(base_model_precision=name), side=1024, room=16e9) for name in ("no_change", "int8-quanto")
+    )
+    assert 0 < own < smaller < savings.MOST
+    assert savings.batches(config, side=1024, room=16e9) == f"Largest batch size that fits: {own}, with a base in int8-quanto {smaller}."
+    assert savings.batches(config, side=1024, room=1e9) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,28 @@ def savings(config: RunConfig, *, side: int) -> tuple[Saving, ...]:
             continue
         found.append(Saving(settings, now - memory.predict(changed, side=side).peak, cost))
     return tuple(sorted((one for one in found if one.bytes > 0), key=lambda one: (not one.goes_on, -one.bytes)))
+
+
+MOST = 64
+"""Larger batches are not looked for."""
+
+
+def largest_batch(config: RunConfig, *, side: int, room: float) -> int:
+    """The largest ``train_batch_size``, up to `MOST`, whose predicted peak is below ``room`` bytes; 0 when not even one picture is."""
+
+    def too_much(size: int) -> bool:
+        return memory.predict(config.replace(train_batch_size=size), side=side).peak >= room
+
+    return bisect.bisect_left(range(1, MOST + 1), True, key=too_much)
+
+
+def batches(config: RunConfig, *, side: int, room: float) -> str:
+    """How large a batch may be here, also with a base in 8 bits where that helps; empty when no picture fits at all."""
+    found = {"": largest_batch(config, side=side, room=room)}
+    if config.model.base_model_precision == "no_change":
+        found["with a base in int8-quanto "] = largest_batch(config.replace(base_model_precision="int8-quanto"), side=side, room=room)
+    named = [f"{how}{size}{' or more' if size == MOST else ''}" for how, size in found.items() if size > found[""] or (not how and size)]
+    return f"Largest batch size that fits: {', '.join(named)}." if named else ""
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:

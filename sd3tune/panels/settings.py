@@ -158,9 +158,11 @@ def forecast(config: RunConfig) -> str:
     """What a configuration is predicted to take of the memory, beside what this machine has."""
     from sd3tune.models import memory, room
     from sd3tune.models.components import pick_device
+    from sd3tune.models.savings import batches
 
+    side = max(max(size) for size in config.validation_sizes)
     try:
-        need = memory.predict(config, side=max(max(size) for size in config.validation_sizes))
+        need = memory.predict(config, side=side)
     except Sd3TuneError as error:
         return f"The memory cannot be predicted: {str(error).splitlines()[0]}"
     there, where = room.free_on(pick_device())
@@ -169,4 +171,5 @@ def forecast(config: RunConfig) -> str:
         if need.peak < there
         else "that is too much: see what saves memory in Base precision, Batch size and Gradient checkpointing"
     )
-    return f"Predicted peak {size_in_words(need.peak)} of {size_in_words(there)} free ({where}): {fits}.\n{need}"
+    peak = f"Predicted peak {size_in_words(need.peak)} of {size_in_words(there)} free ({where}): {fits}."
+    return f"{peak} {batches(config, side=side, room=there)}".strip() + f"\n{need}"

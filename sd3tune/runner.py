@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -110,6 +111,7 @@ class Runner:
         threading.Thread(target=self._main, args=(make,), name="sd3tune-trainer", daemon=True).start()
 
     def _main(self, make: Callable[[], Made] | Trainer) -> None:
+        trainer: Trainer | None = None
         try:
             trainer = self._prepared(make() if callable(make) else make)
             end, text = "stopped" if trainer is None else self._work(trainer), ""
@@ -117,6 +119,10 @@ class Runner:
         except BaseException as error:  # noqa: BLE001
             self._failure = Failure.of(error, self._snapshot.folder)
             end, text = "failed", self._failure.text
+            if trainer is not None:
+                with suppress(Sd3TuneError):  # the run has failed already
+                    for record in trainer.parting():
+                        self._take(record)
         trainer = None
         del make
         gc.collect()

@@ -364,6 +364,8 @@ def test_an_exception_in_the_worker_fails_the_run_and_wait_raises_it(error: Exce
         assert str(caught.value) == text
         assert getattr(caught.value, "problems", None) == getattr(error, "problems", None)
     assert (runner.snapshot.state, runner.snapshot.error, runner.snapshot.step) == ("failed", text, 2)
+    assert fake.calls == ["parting"], "what was saved is copied before the end is told"
+    assert any("step 2 is whole elsewhere" in line for line in runner.snapshot.log)
     assert "Traceback" in (fake.folder.path / "train.log").read_text()
 
 

@@ -23,7 +23,7 @@ from sd3tune.sampling import exchange, loaded, texts_of
 from sd3tune.shown import duration
 from sd3tune.validation import votes
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.history_grid import about_grid
+from sd3tune.validation.history_grid import Rows, about_grid
 from sd3tune.validation.painter import seconds_of_a_forward
 from sd3tune.validation.pictures import Found, cell_of, drawn, found_at, model_settings, of_shots, opened, source_of, title
 from sd3tune.validation.scoring import Scoring
@@ -118,8 +118,8 @@ class Picker:
             yield NoticeRecord(step=self.candidates[-1].step, text=self.price)
         if self.config.evaluation.evaluation_type == "clip":
             yield from self._score()
-        rows = [(self._label(candidate), self.row(candidate)) for candidate in self.candidates]
-        self.grid().save(self.grid_file, about_grid(self.config, self.folder, self.shots, rows))
+        rows = self._rows()
+        self._grid(rows).save(self.grid_file, about_grid(self.config, self.folder, self.shots, rows))
 
     @property
     def grid_file(self) -> Path:
@@ -160,11 +160,14 @@ class Picker:
 
     def grid(self) -> Grid:
         """What is drawn so far: a row for each candidate, with its loss on held-out pictures and its mean CLIP score."""
-        rows = tuple((self._label(candidate), tuple(map(cell_of, self.row(candidate)))) for candidate in self.candidates)
-        return Grid(rows, tuple(title(shot, self.shots) for shot in self.shots))
+        return self._grid(self._rows())
 
-    def _label(self, candidate: Candidate) -> str:
-        return "\n".join([str(candidate), *self._figures(candidate)])
+    def _rows(self) -> Rows:
+        return [("\n".join([str(one), *self._figures(one)]), self.row(one)) for one in self.candidates]
+
+    def _grid(self, rows: Rows) -> Grid:
+        cells = tuple((label, tuple(map(cell_of, row))) for label, row in rows)
+        return Grid(cells, tuple(title(shot, self.shots) for shot in self.shots))
 
     def _figures(self, candidate: Candidate) -> list[str]:
         loss, score = self.losses.get(candidate.step), self.scores.get(candidate)

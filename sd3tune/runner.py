@@ -228,8 +228,7 @@ class Runner:
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
         self._take(trainer.rewind(step))
-        self._gauges = Gauges()
-        now = self._snapshot
+        self._gauges, now = Gauges(self._gauges.began), self._snapshot
         self._put(
             step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", verdict="", seconds_per_update=None,
             evals=tuple(one for one in now.evals if one[0] <= step), steering=kept(now.steering, step, trainer.config),

@@ -75,6 +75,8 @@ class Snapshot:
     """Settings that were changed by hand, and after which update."""
     began_at: int = 0
     """Updates that were done when this process took the run up; 0 for a run of its own."""
+    seconds: float = 0.0
+    """From the first update of this process to its newest, with all that lay between them."""
     began_with: RunConfig | None = None
     """The configuration before any of that."""
     folder: str = ""
@@ -134,10 +136,10 @@ BAND = 0.25
 
 
 class Gauges:
-    """The numbers of the updates so far, in bounded memory."""
+    """The numbers of the updates so far, in bounded memory; ``began`` is when the first began, where some lie before these."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, began: float | None = None) -> None:
+        self.count, self.began = 0, began
         self._loss, self._rates, self._norms = Series(), Series(), Series()
         self._bands = tuple(Series() for _ in range(round(1 / BAND)))
         self._first: tuple[int, float] | None = None
@@ -147,6 +149,7 @@ class Gauges:
         self.count += 1
         now = time.monotonic()
         self._first = self._first or (record.step - 1, now - record.seconds)
+        self.began = self._first[1] if self.began is None else self.began
         if record.loss is not None:
             self._loss.add(record.step, record.loss)
         self._rates.add(record.step, record.learning_rate)
@@ -157,7 +160,7 @@ class Gauges:
         return {
             "count": self.count, "loss": self._loss.curve, "rates": self._rates.curve, "grad_norms": self._norms.curve,
             "bands": tuple(one.curve for one in self._bands), "peak_memory_bytes": record.peak_memory_bytes,
-            "seconds_per_update_in_all": (now - self._first[1]) / updates,
+            "seconds_per_update_in_all": (now - self._first[1]) / updates, "seconds": now - self.began,
         }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from sd3tune.redrawing import verdict
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation import comfyui
 from sd3tune.validation.grids import Grid
-from sd3tune.validation.history_grid import MOST, grid_of, steps_shown
+from sd3tune.validation.history_grid import MOST, grid_of, rows_of, steps_shown
 from sd3tune.validation.painter import Drawn, Failed, Painter, Said
 from sd3tune.validation.pictures import Source, about, drawn
 from sd3tune.validation.sampler import Guidance
@@ -373,12 +373,9 @@ def test_the_grid_in_the_folder_is_prompts_by_steps_and_says_what_each_cell_is(r
             assert (facts["adapter"], facts["shot"], facts["kind"]) == (cell["adapter"], cell["shot"], cell["kind"])
     assert {name: told["settings"][name] for name in SLG} == {name: list(v) if isinstance(v, tuple) else v for name, v in SLG.items()}
     assert str(run.folder.path.parent) not in json.dumps(told)
-    assert size == grid_of(run.config, run.folder, run.cache.plan, [3, 6]).image().size
-    small = [
-        cell
-        for _, row in grid_of(run.config, run.folder, run.cache.plan, [3, 6], most=len(rows) * len(shots) * 400).rows[:-1]
-        for cell in row
-    ]
+    found = rows_of(run.folder, shots, [3, 6])
+    assert size == grid_of(shots, found, run.cache.plan).image().size
+    small = [cell for _, row in grid_of(shots, found, run.cache.plan, most=len(rows) * len(shots) * 400).rows[:-1] for cell in row]
     assert all(300 <= cell.width * cell.height <= 440 for cell in small), "of many pictures each is smaller"
 
 

@@ -226,3 +226,6 @@ def test_a_base_in_fewer_bits_is_named_where_it_makes_room() -> None:
     assert 0 < own < smaller < savings.MOST
     assert savings.batches(config, side=1024, room=16e9) == f"Largest batch size that fits: {own}, with a base in int8-quanto {smaller}."
     assert savings.batches(config, side=1024, room=1e9) == ""
+    whole = config.replace(use_dora=True)  # which needs the base's weights whole
+    dora = savings.largest_batch(whole, side=1024, room=16e9)
+    assert savings.batches(whole, side=1024, room=16e9) == f"Largest batch size that fits: {dora}."

@@ -16,7 +16,7 @@ from sd3tune.config import presets
 from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.inbox import Command
 from sd3tune.panels import TrainingPanel, record, run, showing, taking
-from sd3tune.panels.clicking import Clickable, Part, part_of
+from sd3tune.panels.clicking import KEPT, Clickable, Part, part_of
 from sd3tune.panels.lab import GridLab
 from sd3tune.panels.pictures import jpeg
 from sd3tune.shown import duration
@@ -425,7 +425,14 @@ def test_status_says_state_step_loss_rate_time_money_and_memory() -> None:
 def test_money_that_was_spent_is_said_beside_what_is_to_pay_and_after_the_end() -> None:
     """A machine at 36 an hour costs 0.01 a second."""
     now = Snapshot(
-        state="training", step=140, began_at=100, total_steps=300, count=40, seconds_per_update=1.0, seconds_per_update_in_all=2.0
+        state="training",
+        step=140,
+        began_at=100,
+        total_steps=300,
+        count=40,
+        seconds_per_update=1.0,
+        seconds_per_update_in_all=2.0,
+        seconds=80.0,
     )
     assert "about 0.80 spent, 3.20 to pay until then" in showing.status(now, 36.0)  # 40 updates of this process, 160 to come
     assert "spent" not in showing.status(now)
@@ -492,7 +499,7 @@ def test_what_can_be_clicked_lies_over_the_cells_of_a_grid() -> None:
     grid = Grid(rows, ("a", "b", "c"))
     whole = grid.image()
     for r, c in ((0, 0), (0, 2), (1, 1)):
-        part = part_of(grid, r, c, "one")
+        part = part_of(grid, r, c, "one", 0)
         left, top = round(part.left * whole.width), round(part.top * whole.height)
         box = (left, top, left + round(part.width * whole.width), top + round(part.height * whole.height))
         assert whole.crop(box).getcolors() == [(150 * 140, colours[r][c])]
@@ -504,39 +511,77 @@ def test_what_can_be_clicked_lies_over_the_cells_of_a_grid() -> None:
 def test_a_click_tells_which_part_and_only_what_changed_is_sent() -> None:
     clicked: list[int] = []
     shown = Clickable(clicked.append)
-    parts = [Part("a", 0.0, 0.0, 0.5, 1.0), Part("b", 0.5, 0.0, 0.5, 1.0)]
+    parts = [Part("a", 7, 0.0, 0.0, 0.5, 1.0), Part("b", 8, 0.5, 0.0, 0.5, 1.0)]
     shown.show(b"one", parts)
     first, second = shown.buttons
     second.click()
-    assert clicked == [1]
+    assert clicked == [8]
     assert (second.layout.left, second.layout.width, second.description) == ("50.000%", "50.000%", "b")
     shown.show(b"two", parts[:1])
     assert (shown.image.value, shown.buttons) == (b"two", (first,))
     shown.show(b"two", parts)
     assert shown.buttons == (first, second), "buttons are made once"
+    sent: list[str] = []
+    for one in (shown.image, shown.widget, first, first.layout, second):
+        one.observe(lambda change: sent.append(change["name"]))
+    shown.show(b"two", parts)
+    assert sent == []
+    shown.show(b"two", [Part("a", 9, 0.0, 0.0, 0.5, 1.0)])
+    first.click()
+    assert clicked == [8, 7], "a late click means what was seen"
+    for number in range(200):
+        shown.show(b"two", [Part("a", number)])
+    assert len(shown._made) <= KEPT + 1
+    assert first.comm is None, "old buttons are closed"
 
 
-def test_a_run_that_has_cost_what_it_may_is_saved_and_stopped_once(live: TrainingPanel) -> None:
-    """By the price per hour and the time from the first update to the newest; a higher sum lets it go on."""
+def test_a_run_that_has_cost_what_it_may_is_saved_and_stopped(live: TrainingPanel) -> None:
+    """By the price per hour and the time since its first update; a limit that was typed too low is said, and stops nothing."""
     price, most, runner = live.price, live.spending.most, live.runner
 
-    def asked() -> list[str]:
+    def asked(step: int, seconds: float) -> list[str]:
+        runner._put(step=step, count=step, seconds=seconds)
         live.refresh()
         return [runner._inbox.queue.get_nowait().name for _ in range(runner._inbox.queue.qsize())]
 
-    runner._put(step=100, count=100, seconds_per_update_in_all=3.6)  # 0.1 h in all
     assert most.disabled
     price.value = 20.0
     assert not most.disabled
-    assert asked() == []
-    most.value = 2.1
-    assert asked() == []
-    most.value = 2.0
-    assert asked() == ["stop"]
-    assert "About 2.00 of 2 are spent: the run is saved and stopped" in live.note.value
-    assert asked() == [], "it is asked once"
-    most.value = 1.9
-    assert asked() == ["stop"], "another limit is another question"
+    most.value = 1.0
+    assert asked(100, 360.0) == []  # 2.00
+    assert "About 2.00 are spent already, more than 1: the run goes on" in live.note.value
+    most.value = 2.5
+    assert asked(110, 449.0) == []
+    assert asked(111, 450.0) == ["stop"]
+    assert "About 2.50 of 2.5 are spent: the run is saved and stopped" in live.note.value
+    assert asked(111, 450.0) == []
+    assert asked(112, 454.0) == ["stop"], "where it could not be saved, it is asked again after the next update"
     price.value = 0.0
-    most.value = 1.8
-    assert asked() == []
+    assert asked(113, 9000.0) == []
+
+
+def test_a_newer_panel_goes_on_with_price_and_limit(live: TrainingPanel) -> None:
+    live.price.value, live.spending.most.value = 2.0, 30.0
+    again = TrainingPanel(live.config, None)
+    assert again.runner is live.runner
+    assert (again.price.value, again.spending.most.value) == (2.0, 30.0)
+
+
+def test_what_a_run_has_cost_outlives_a_rewind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 updates of a second, back to 1,000, and 300 s until the next: 2,302 s in all."""
+    from test_runner import step_record
+
+    clock = [1000.0]
+    monkeypatch.setattr("sd3tune.snapshot.time.monotonic", lambda: clock[0])
+    gauges = Gauges()
+    for step in (1, 2000):
+        clock[0] = 1000.0 + step
+        seen = gauges.take(dataclasses.replace(step_record(step, 1e-4), seconds=1.0))
+    assert seen["seconds"] == 2000.0
+    gauges = Gauges(gauges.began)
+    clock[0] += 301.0
+    gauges.take(dataclasses.replace(step_record(1001, 1e-4), seconds=1.0))
+    clock[0] += 1.0
+    seen = gauges.take(dataclasses.replace(step_record(1002, 1e-4), seconds=1.0))
+    assert seen["seconds"] == 2302.0
+    assert seen["seconds_per_update_in_all"] == 1.0

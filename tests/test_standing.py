@@ -18,7 +18,7 @@ from sd3tune.panels.pictures import PicturesView
 from sd3tune.records import SegmentRecord
 from sd3tune.run_folder import RunFolder
 from sd3tune.validation.history_grid import rows_of, steps_shown
-from sd3tune.validation.pictures import Places, Source, write_picture, write_problem
+from sd3tune.validation.pictures import Kind, Places, Source, write_picture, write_problem
 from sd3tune.validation.shots import shots_of
 from sd3tune.validation.standing import standing, steps_drawn
 
@@ -30,9 +30,9 @@ class Drawing:
         path.mkdir(parents=True, exist_ok=True)
         self.folder, self.segment = RunFolder(path), 0
 
-    def draw(self, step: int, colour: str, *prompts: str, fails: bool = False) -> None:
+    def draw(self, step: int, colour: str, *prompts: str, fails: bool = False, kind: Kind | None = None) -> None:
         config = presets.playground(validation_prompt=prompts or ("lock", "rooster"))
-        kind = "adapter" if step else "base"
+        kind = kind or ("adapter" if step else "base")
         place, history = Places(self.folder, step, kind), History(self.folder.history, segment=self.segment)
         for shot in shots_of(config):
             source = Source(config, "cpu", kind, step)
@@ -79,6 +79,33 @@ def test_after_a_rewind_the_grid_of_the_folder_has_no_row_that_was_left(run: Dra
     assert label == "LoRA, step 20"
     assert [one is not None for one in base] == [True, True]
     assert [one is not None for one in cells] == [True, False]
+
+
+def test_a_click_shows_exactly_the_picture_that_was_clicked(tmp_path: Path) -> None:
+    """Also the base model's above one that failed, and the average's; the wipe is afterwards what it was."""
+    made, view = Drawing(tmp_path / "drawn"), PicturesView()
+    made.draw(0, "lime")
+    view.look(made.folder.path)
+    assert [one.description for one in view.shown.buttons] == ["lock, base model: full size", "rooster, base model: full size"]
+    view.shown.buttons[1].click()
+    assert (view.which.label, colour_of(view)) == ("rooster", "lime")
+    view.shown.buttons[0].click()
+    made.draw(10, "red", fails=True)
+    made.draw(10, "blue", kind="ema")
+    view.look(made.folder.path)
+    assert [label for label, _ in view.which.options] == ["all, small", "lock", "rooster", "lock, average", "rooster, average"]
+    view.wipe.value = 30
+    named = {one.description: one for one in view.shown.buttons}
+    assert [*named] == [f"{prompt}, {row}: full size" for row in ("base model", "average, step 10") for prompt in ("lock", "rooster")]
+    for name, colour in (("lock, base model", "lime"), ("rooster, average, step 10", "blue")):
+        named[f"{name}: full size"].click()
+        assert colour_of(view) == colour
+        view.shown.buttons[0].click()
+        assert (view.which.value, view.wipe.value) == (-1, 30)
+    view.look(made.folder.path)
+    view.go(0)
+    named["rooster, average, step 10: full size"].click()  # too late: this step has no such picture
+    assert (view.which.value, len(view.shown.buttons)) == (-1, 2)
 
 
 def test_after_a_rewind_the_view_shows_what_the_run_stands_on(run: Drawing) -> None:

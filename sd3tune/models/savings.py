@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,17 +52,16 @@ MOST = 64
 
 def largest_batch(config: RunConfig, *, side: int, room: float) -> int:
     """The largest ``train_batch_size``, up to `MOST`, whose predicted peak is below ``room`` bytes; 0 when not even one picture is."""
-
-    def too_much(size: int) -> bool:
-        return memory.predict(config.replace(train_batch_size=size), side=side).peak >= room
-
-    return bisect.bisect_left(range(1, MOST + 1), True, key=too_much)
+    need = memory.predict(config.replace(train_batch_size=1), side=side)
+    if need.peak >= room:
+        return 0
+    return min(MOST, math.ceil((room - need.training) / need.activations))  # nothing else grows with it
 
 
 def batches(config: RunConfig, *, side: int, room: float) -> str:
-    """How large a batch may be here, also with a base in 8 bits where that helps; empty when no picture fits at all."""
+    """How large a batch may be here, also with a base in 8 bits where that is allowed and helps; empty when no picture fits at all."""
     found = {"": largest_batch(config, side=side, room=room)}
-    if config.model.base_model_precision == "no_change":
+    if config.model.base_model_precision == "no_change" and config.adapter.lora_type == "standard" and not config.adapter.use_dora:
         found["with a base in int8-quanto "] = largest_batch(config.replace(base_model_precision="int8-quanto"), side=side, room=room)
     named = [f"{how}{size}{' or more' if size == MOST else ''}" for how, size in found.items() if size > found[""] or (not how and size)]
     return f"Largest batch size that fits: {', '.join(named)}." if named else ""

@@ -149,7 +149,7 @@ class GridLab(Displayed):
         self._seen = found
         cells = {(one.row, one.column): one for one in found}
         grid = grid_of(x, y, cells)
-        self.shown.show(jpeg(grid.image()), [part_of(grid, one.row, one.column, f"use {_words(one)}") for one in found])
+        self.shown.show(jpeg(grid.image()), [part_of(grid, one.row, one.column, f"use {_words(one)}", _key(one)) for one in found])
         visible(self.shown.widget, True)
         count = len(x[1]) * len(y[1])
         best = max((one for one in found if one.clip is not None), key=lambda one: one.clip or 0.0, default=None)
@@ -158,10 +158,11 @@ class GridLab(Displayed):
         options = [(_words(one), f"{one.row},{one.column}") for one in found]
         offer(self.cell, options, chosen=options[0][1] if another else None)
 
-    def _clicked(self, place: int) -> None:
-        """Take over the cell that was clicked."""
-        put(self.cell, self.cell.options[place][1])
-        self.use()
+    def _clicked(self, key: tuple[int, int, str]) -> None:
+        """Take over the cell that was clicked, unless another grid has come since."""
+        if key in map(_key, self._seen):
+            put(self.cell, f"{key[0]},{key[1]}")
+            self.use()
 
     def use(self) -> None:
         """Take the chosen cell's settings over."""
@@ -189,6 +190,11 @@ class GridLab(Displayed):
         options = [("first prompt", None), *((one.name or "no prompt", one.prompt) for one in self.panel.config.prompts)]
         offer(self.prompt, options)
         self._say_price()
+
+
+def _key(cell: XYRecord) -> tuple[int, int, str]:
+    """What tells a cell from others, also of other grids."""
+    return cell.row, cell.column, repr(cell.settings)
 
 
 def _words(cell: XYRecord) -> str:

@@ -17,16 +17,13 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.history_grid import Rows, rows_of
 from sd3tune.validation.pictures import Found, cell_of, drawn, title
-from sd3tune.validation.standing import counting, standing, steps_drawn
+from sd3tune.validation.standing import Told, counting, standing, steps_drawn
 
 SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
 
 ALL = "all, small"
-BACK = Part("all pictures again", 0.0, 0.0, 1.0, 1.0)
-
-Looked = tuple[bytes, list[Part], list[tuple[int, int]]]
-"""A picture, what can be clicked on it, and what each click shows: which picture, and the wipe in %."""
+BACK = Part("all pictures again", (-1, 0))
 
 
 class PicturesView:
@@ -34,9 +31,9 @@ class PicturesView:
 
     def __init__(self) -> None:
         self._folder: RunFolder | None = None
-        self._made: dict[object, Looked] = {}
+        self._made: dict[object, tuple[bytes, list[Part]]] = {}
         """Grids and wipes with what can be clicked, by the files they were made of."""
-        self._behind: list[tuple[int, int]] = []
+        self._wiped = 50
         self._choosing = False
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
@@ -89,31 +86,43 @@ class PicturesView:
         """Bring picture and sentence up to date."""
         if self._folder is None or self.step < 0 or self._choosing:
             return
-        found = standing(self._folder, self.step)
+        told = counting(self._folder)
+        found = standing(self._folder, self.step, told)
         pictures = looked_at(found)
         large = [*pictures, *(one for one in found if one.kind == "ema" and one not in pictures)]
         self._name(large)
         visible(self.wipe, self.alone)
-        put(self.said, sentence(in_words(self._folder, self.step, pictures)))
+        put(self.said, sentence(in_words(self._folder, self.step, pictures, told)))
         files = (*_files(self._folder, self.step), *_files(self._folder, 0), *(one.path for one in large))
         key = (self.step, self.which.value if self.alone else -1, self.wipe.value if self.alone else 0, files)
         if key not in self._made:
             while len(self._made) >= KEPT:
                 del self._made[next(iter(self._made))]
-            self._made[key] = self._one(large[self.which.value]) if self.alone else self._all(large)
-        picture, parts, self._behind = self._made[key]
-        self.shown.show(picture, parts)
+            if self.alone:
+                self._made[key] = self._one(large[self.which.value]), [BACK]
+            else:
+                self._made[key] = _all(*grid_rows(self._folder, self.step, pictures, told), large)
+        self.shown.show(*self._made[key])
 
     @property
     def alone(self) -> bool:
         """Whether one picture is shown at full size."""
         return self.which.value is not None and self.which.value >= 0
 
-    def _clicked(self, place: int) -> None:
-        """One picture of the grid at full size, the base's or the adapter's alone; or all of them again."""
-        which, share = self._behind[place]
-        put(self.wipe, share)
-        put(self.which, which)
+    def _clicked(self, what: tuple[int, int]) -> None:
+        """One picture of the grid at full size, the base's or the adapter's alone; or all of them again, and the wipe as it was."""
+        which, share = what
+        if which >= len(self.which.options) - 1:
+            return  # of a step that had more
+        if not self.alone:
+            self._wiped = self.wipe.value
+        self._choosing = True
+        try:
+            put(self.which, which)
+            put(self.wipe, share if self.alone else self._wiped)
+        finally:
+            self._choosing = False
+        self.show()
 
     def _name(self, pictures: list[Found]) -> None:
         """Offer the pictures of a step by name; the one that is looked at stays, by its name or else by its place."""
@@ -128,31 +137,31 @@ class PicturesView:
         finally:
             self._choosing = False
 
-    def _all(self, large: list[Found]) -> Looked:
-        """The grid; behind each of its pictures, the place among the large ones and how much of it is not the base model's."""
-        assert self._folder is not None
-        rows, columns = found_at(self._folder, self.step)
-        grid = _grid(rows, columns, SIDE)
-        parts, behind = [], []
-        there = [(r, c, one) for r, (_, found) in enumerate(rows) for c, one in enumerate(found) if one is not None and not one.problem]
-        for r, c, found in there:
-            place = next((k for k, one in enumerate(large) if _shows(one, found)), None)
-            if place is not None:
-                parts.append(part_of(grid, r, c, f"{columns[c]}, {rows[r][0]}: full size"))
-                behind.append((place, 0 if found.kind == "base" else 100))
-        return jpeg(grid.image()), parts, behind
-
-    def _one(self, found: Found) -> Looked:
+    def _one(self, found: Found) -> bytes:
         """One picture at full size, its right part the base model's."""
         assert self._folder is not None
         base = next((one for one in drawn(self._folder, 0) if one.kind == "base" and one.shot == found.shot.base), None)
         ours, theirs = cell_of(found), cell_of(base)
+        if isinstance(theirs, Image.Image) and not self.wipe.value:
+            return jpeg(theirs)
         if not isinstance(ours, Image.Image):
-            return jpeg(Grid((("", (ours,)),), ("",)).image()), [BACK], [(-1, self.wipe.value)]
+            return jpeg(Grid((("", (ours,)),), ("",)).image())
         if isinstance(theirs, Image.Image) and theirs.size == ours.size:
             edge = ours.width * self.wipe.value // 100
             ours.paste(theirs.crop((edge, 0, ours.width, ours.height)), (edge, 0))
-        return jpeg(ours), [BACK], [(-1, self.wipe.value)]
+        return jpeg(ours)
+
+
+def _all(rows: Rows, columns: tuple[str, ...], large: list[Found]) -> tuple[bytes, list[Part]]:
+    """The grid; behind each of its pictures, its place among the large ones and how much of that is not the base model's."""
+    grid, parts = _grid(rows, columns, SIDE), []
+    there = [(r, c, one) for r, (_, found) in enumerate(rows) for c, one in enumerate(found) if one is not None and not one.problem]
+    for r, c, found in there:
+        place = next((k for k, one in enumerate(large) if _shows(one, found)), None)
+        if place is not None:
+            what = (place, 0 if found.kind == "base" else 100)
+            parts.append(part_of(grid, r, c, f"{columns[c]}, {rows[r][0]}: full size", what))
+    return jpeg(grid.image()), parts
 
 
 def shown_at(folder: RunFolder, step: int) -> list[Found]:
@@ -170,15 +179,15 @@ def _files(folder: RunFolder, step: int) -> list[tuple[str, int]]:
     return sorted((one.name, one.stat().st_mtime_ns) for one in folder.images(step).glob("*.json"))
 
 
-def found_at(folder: RunFolder, step: int) -> tuple[Rows, tuple[str, ...]]:
+def grid_rows(folder: RunFolder, step: int, pictures: list[Found], told: Told | None = None) -> tuple[Rows, tuple[str, ...]]:
     """The base model's pictures over a step's, in labelled rows, and the columns' titles."""
-    shots = [one.shot for one in shown_at(folder, step)]
-    return rows_of(folder, shots, [step]), tuple(title(shot, shots) for shot in shots)
+    shots = [one.shot for one in pictures]
+    return rows_of(folder, shots, [step], told), tuple(title(shot, shots) for shot in shots)
 
 
 def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
     """The base model's pictures over a step's, each at most ``side`` px."""
-    return _grid(*found_at(folder, step), side)
+    return _grid(*grid_rows(folder, step, shown_at(folder, step)), side)
 
 
 def _shows(large: Found, found: Found) -> bool:
@@ -198,14 +207,14 @@ def small(found: Found | None, side: int) -> Image.Image | str | None:
     return cell
 
 
-def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
+def in_words(folder: RunFolder, step: int, pictures: list[Found], told: Told | None = None) -> str:
     """What is seen, for those who do not see it: how many, of what, what failed, and the scores."""
     failed = [one for one in pictures if one.problem]
     whose = "the LoRA" if any(one.kind == "adapter" for one in pictures) else "the base model alone"
     prompts = ", ".join(one.shot.prompt or "no prompt" for one in pictures[:8])
     said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {prompts}."
     said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
-    scores = [row for row in counting(folder) if row["type"] == ScoreRecord.type and row["step"] == step]
+    scores = [row for row in (counting(folder) if told is None else told) if row["type"] == ScoreRecord.type and row["step"] == step]
     said += "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
     return f"{said} {READING}" if scores else said
 

@@ -53,11 +53,10 @@ class RunPanel(Panel):
         self.runner = Runner.attach(self._key, self._maker(self.config))
         self._controls = Controls(self.press)
         self.buttons, self.checkpoint = self._controls.buttons, self._controls.checkpoint
-        self.spending = Spending()
-        self.price = self.spending.price
         self.status, self.words, self.changed, self.previews, self.log = (widgets.HTML() for _ in range(5))
         self.chart, self.others, self.levels = (widgets.HTML() for _ in range(3))
-        self.pictures, self.relief, self.retold = PicturesView(), Relief(self._relieved), Retold(self)
+        self.pictures, self.relief, self.retold, self.spending = PicturesView(), Relief(self._relieved), Retold(self), Spending()
+        self.price = self.spending.price
         curves = ((showing.main_curve, self.chart), (showing.other_curves, self.others), (showing.spoken, self.words))
         self._drawings = (
             Redrawn(lambda now: (now.count, now.evals, now.changes, now.verdict), *curves),
@@ -219,6 +218,7 @@ class RunPanel(Panel):
 
     def _follow(self) -> None:
         """Copy the snapshot into the widgets until the run ends or a newer panel shows it."""
+        self.spending.take_over(self.runner.viewer)
         self.runner.viewer = self
         self._agreed, self.draft.live = self.config, True
         threading.Thread(target=self._pump, args=(self.runner,), name="sd3tune-panel", daemon=True).start()
@@ -255,8 +255,10 @@ class RunPanel(Panel):
             if now.refusals != self._told:
                 self._told = now.refusals
                 self.say(f"Not done: {now.refused}", bad=True)
-            if said := self.spending.used_up(now):
+            said, over = self.spending.look(now)
+            if over:
                 self.runner.send("stop")
+            if said:
                 self.say(said, bad=True)
             if now.live and self.runner.answered:
                 self._sync(self.runner.snapshot)

@@ -24,7 +24,7 @@ def status(now: Snapshot, price: float = 0.0) -> str:
         parts.append(f"learning rate {now.learning_rate:.3g}")
     if now.live:
         parts += [*filter(None, (time_left(now), cost(now, price)))]
-    elif price > 0 and now.count:
+    elif price > 0 and now.seconds:
         parts.append(f"about {spent(now, price):.2f} spent")
     if now.peak_memory_bytes:
         of = f" of {size_in_words(now.total_memory_bytes)}" if now.total_memory_bytes else ""
@@ -49,7 +49,7 @@ def cost(now: Snapshot, price: float) -> str:
 
 def spent(now: Snapshot, price: float) -> float:
     """What the machine has cost from the first update of this process to the newest, at a price per hour."""
-    return (now.seconds_per_update_in_all or 0.0) * max(0, now.step - now.began_at) / 3600 * price
+    return now.seconds / 3600 * price
 
 
 def bar(now: Snapshot) -> str:

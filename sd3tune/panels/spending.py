@@ -24,20 +24,36 @@ class Spending:
             )
             for name, about in (
                 ("Price per hour", "what an hour of this machine costs, to show what is still to pay"),
-                ("Spend at most", "the run is saved and stopped when it has cost this much, at the price per hour; 0 is no limit"),
+                (
+                    "Spend at most",
+                    "the run is saved and stopped when it has cost this much since its first update, at the price per hour; 0 is no limit. "
+                    "A paused run is not stopped",
+                ),
             )
         )
         self.most.disabled = True
         self.price.observe(lambda change: setattr(self.most, "disabled", not change["new"] > 0), "value")
-        self._said: tuple[Any, ...] = ()
+        self._below: tuple[Any, ...] = ()
+        """The run and the limit that was seen before it was reached: one that is typed too low stops nothing."""
+        self._asked = -1
 
-    def used_up(self, now: Snapshot) -> str:
-        """A sentence, once for a run and a limit, when an update has reached what may be spent; otherwise nothing."""
+    def take_over(self, viewer: object) -> None:
+        """Go on with the price and the limit of the panel that showed the run before, where there are none here."""
+        other = getattr(viewer, "spending", None)
+        if isinstance(other, Spending) and not self.price.value:
+            self.price.value, self.most.value = other.price.value, other.most.value
+
+    def look(self, now: Snapshot) -> tuple[str, bool]:
+        """What is to be said, and whether the run is to be stopped: once for each update, until it is."""
         price, most = self.price.value, self.most.value
-        if not now.live or now.state == "stopping" or not (price > 0 and most > 0) or spent(now, price) < most:
-            return ""
-        limit = (now.folder, now.began_at, price, most)
-        if limit == self._said:
-            return ""
-        self._said = limit
-        return f"About {spent(now, price):.2f} of {most:g} are spent: the run is saved and stopped. Go on counts from 0."
+        if not now.live or now.state == "stopping" or not (price > 0 and most > 0):
+            return "", False
+        limit, so_far = (now.folder, now.began_at, price, most), spent(now, price)
+        if so_far < most:
+            self._below = limit
+        if so_far < most or now.step == self._asked:
+            return "", False
+        self._asked = now.step
+        if self._below != limit:
+            return f"About {so_far:.2f} are spent already, more than {most:g}: the run goes on. Enter what it may cost in all.", False
+        return f"About {so_far:.2f} of {most:g} are spent: the run is saved and stopped. Go on counts from 0.", True

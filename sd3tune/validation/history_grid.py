@@ -12,7 +12,7 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import Found, cell_of, drawn, model_settings, settings_of, title
 from sd3tune.validation.shots import Shot, shots_of
-from sd3tune.validation.standing import counting, standing, steps_drawn
+from sd3tune.validation.standing import Told, counting, standing, steps_drawn
 
 MOST = 6
 """Steps with a row of their own; of more the first, the last, and some evenly between."""
@@ -27,16 +27,12 @@ PIXELS = 64_000_000
 def write_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> None:
     """Write ``grid.png`` with the pictures drawn after up to ``step`` updates, and ``grid.json``. Raises: FileError."""
     steps, shots = steps_shown(folder, step), shots_of(config)
-    about = about_grid(config, folder, shots, rows_of(folder, shots, steps))
-    grid_of(config, folder, made, steps, most=PIXELS).save(folder.grid, {**about, "steps": steps})
+    rows = rows_of(folder, shots, steps)
+    grid_of(shots, rows, made, most=PIXELS).save(folder.grid, {**about_grid(config, folder, shots, rows), "steps": steps})
 
 
-def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[int], *, most: int | None = None) -> Grid:
-    """The base model's pictures over those drawn after each of ``steps`` updates, over the real ones that have the same captions.
-
-    Pictures are made smaller where all together have more than ``most`` pixels.
-    """
-    shots, found = shots_of(config), rows_of(folder, shots_of(config), steps)
+def grid_of(shots: Sequence[Shot], found: Rows, made: Plan, *, most: int | None = None) -> Grid:
+    """Rows of pictures over the real ones that have the same captions; made smaller where all together have more than ``most`` pixels."""
     each = None if most is None else most / max(1, len(found) * len(shots))
     rows = [(label, tuple(cell_of(one, each) for one in cells)) for label, cells in found]
     placements = {p.item.caption: p for p in (*made.train, *made.evaluation)}
@@ -46,11 +42,14 @@ def grid_of(config: RunConfig, folder: RunFolder, made: Plan, steps: Sequence[in
     return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
 
 
-def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int]) -> Rows:
-    """What counts of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label."""
+def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int], told: Told | None = None) -> Rows:
+    """What counts of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label.
+
+    ``told`` is what `counting` gave, where it was asked already.
+    """
     base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
     rows = [("base model", tuple(base.get(shot.base) for shot in shots))] if base else []
-    told = counting(folder)
+    told = counting(folder) if told is None else told
     for step in steps:
         found = standing(folder, step, told)
         for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
@@ -62,7 +61,8 @@ def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int]) -> R
 
 def newest_grid(config: RunConfig, folder: RunFolder, made: Plan, step: int) -> Grid:
     """The newest pictures drawn after up to ``step`` updates under the base model's, over the real ones."""
-    return grid_of(config, folder, made, [at for at in steps_drawn(folder) if at <= step][-1:])
+    shots = shots_of(config)
+    return grid_of(shots, rows_of(folder, shots, [at for at in steps_drawn(folder) if at <= step][-1:]), made)
 
 
 def steps_shown(folder: RunFolder, step: int) -> list[int]:

@@ -13,7 +13,11 @@ from sd3tune.validation.pictures import Found, drawn
 KINDS = (ImageRecord.type, ScoreRecord.type, SegmentRecord.type)
 
 
-def counting(folder: RunFolder) -> list[dict[str, Any]]:
+Told = Sequence[dict[str, Any]]
+"""Lines of the history."""
+
+
+def counting(folder: RunFolder) -> Told:
     """The history's lines of pictures and their scores that count, oldest first. It reads no others: an update has a line each."""
     marks = [f'"{kind}"'.encode() for kind in KINDS]
     lines = folder.history.read_bytes().splitlines() if folder.history.exists() else []
@@ -27,7 +31,7 @@ def steps_drawn(folder: RunFolder) -> list[int]:
     return [step for step in map(step_of, picture_folders(folder)) if step in told or not told]
 
 
-def standing(folder: RunFolder, step: int, told: Sequence[dict[str, Any]] | None = None) -> list[Found]:
+def standing(folder: RunFolder, step: int, told: Told | None = None) -> list[Found]:
     """The pictures of a step that count, in the order they were drawn; all that lie there when the history tells of none.
 
     ``told`` is what `counting` gave, where several steps are asked for.

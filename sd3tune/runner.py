@@ -120,7 +120,8 @@ class Runner:
             self._failure = Failure.of(error, self._snapshot.folder)
             end, text = "failed", self._failure.text
             if trainer is not None:
-                with suppress(Sd3TuneError):  # the run has failed already
+                self._put(error=text)
+                with suppress(Exception):  # the run has failed already
                     for record in trainer.parting():
                         self._take(record)
         trainer = None

@@ -532,7 +532,7 @@ def test_a_click_tells_which_part_and_only_what_changed_is_sent() -> None:
     for number in range(200):
         shown.show(b"two", [Part("a", number)])
     assert len(shown._made) <= KEPT + 1
-    assert first.comm is None, "old buttons are closed"
+    assert (first.comm, first.layout.comm) == (None, None), "old buttons are closed"
 
 
 def test_a_run_that_has_cost_what_it_may_is_saved_and_stopped(live: TrainingPanel) -> None:
@@ -547,15 +547,21 @@ def test_a_run_that_has_cost_what_it_may_is_saved_and_stopped(live: TrainingPane
     assert most.disabled
     price.value = 20.0
     assert not most.disabled
-    most.value = 1.0
     assert asked(100, 360.0) == []  # 2.00
-    assert "About 2.00 are spent already, more than 1: the run goes on" in live.note.value
+    most.value = 1.0
+    assert asked(101, 361.0) == []
+    assert "About 2.01 are spent already, more than 1: the run goes on" in live.note.value
+    live.say("something else")
+    assert asked(102, 362.0) == []
+    assert "something else" in live.note.value, "it is said once"
     most.value = 2.5
     assert asked(110, 449.0) == []
     assert asked(111, 450.0) == ["stop"]
-    assert "About 2.50 of 2.5 are spent: the run is saved and stopped" in live.note.value
+    assert "About 2.50 of 2.5 are spent: the run is to be saved and stopped" in live.note.value
     assert asked(111, 450.0) == []
+    runner._refuse(Command("stop", {}), "the disk is full")
     assert asked(112, 454.0) == ["stop"], "where it could not be saved, it is asked again after the next update"
+    assert "Not done: stop: the disk is full" in live.note.value
     price.value = 0.0
     assert asked(113, 9000.0) == []
 
@@ -565,6 +571,13 @@ def test_a_newer_panel_goes_on_with_price_and_limit(live: TrainingPanel) -> None
     again = TrainingPanel(live.config, None)
     assert again.runner is live.runner
     assert (again.price.value, again.spending.most.value) == (2.0, 30.0)
+    live.runner._put(step=5, count=5, seconds=60.0)
+    again.refresh()
+    live.runner._put(step=6, count=6, seconds=54_000.0)
+    live.refresh()
+    assert live.runner._inbox.queue.empty(), "only the newest panel watches the limit"
+    again.refresh()
+    assert live.runner._inbox.queue.get_nowait().name == "stop"
 
 
 def test_what_a_run_has_cost_outlives_a_rewind(monkeypatch: pytest.MonkeyPatch) -> None:

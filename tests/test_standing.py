@@ -102,10 +102,17 @@ def test_a_click_shows_exactly_the_picture_that_was_clicked(tmp_path: Path) -> N
         assert colour_of(view) == colour
         view.shown.buttons[0].click()
         assert (view.which.value, view.wipe.value) == (-1, 30)
-    view.look(made.folder.path)
+    named["lock, base model: full size"].click()
+    view.wipe.value = 40
+    view.shown.buttons[0].click()
+    assert view.wipe.value == 40, "a person has moved it"
+    named["lock, base model: full size"].click()
+    view.which.value = -1
+    assert view.wipe.value == 40, "also by the list"
     view.go(0)
-    named["rooster, average, step 10: full size"].click()  # too late: this step has no such picture
-    assert (view.which.value, len(view.shown.buttons)) == (-1, 2)
+    for late in named.values():  # of another step
+        late.click()
+        assert (view.step, view.which.value, len(view.shown.buttons)) == (0, -1, 2)
 
 
 def test_after_a_rewind_the_view_shows_what_the_run_stands_on(run: Drawing) -> None:

@@ -66,7 +66,9 @@ class Clickable:
         if list(self.buttons) != shown:
             self.widget.children = (*self.widget.children[:2], *shown)
         for old in [part for part in self._made if part not in parts][: max(0, len(self._made) - KEPT)]:
-            self._made.pop(old).close()
+            gone = self._made.pop(old)
+            for one in (gone.layout, gone.style, gone):
+                one.close()
 
     def _button(self, part: Part) -> Any:
         sides = {side: f"{100 * getattr(part, side):.3f}%" for side in ("left", "top", "width", "height")}

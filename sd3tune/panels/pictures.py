@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
 
 ALL = "all, small"
-BACK = Part("all pictures again", (-1, 0))
+BACK = Part("all pictures again", (-1, -1, 0))
 
 
 class PicturesView:
@@ -33,7 +34,9 @@ class PicturesView:
         self._folder: RunFolder | None = None
         self._made: dict[object, tuple[bytes, list[Part]]] = {}
         """Grids and wipes with what can be clicked, by the files they were made of."""
-        self._wiped = 50
+        self._wiped = (-1, 0)
+        """What a click made of the wipe, and what it was before."""
+        self._busy = threading.RLock()
         self._choosing = False
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
@@ -66,34 +69,40 @@ class PicturesView:
 
     def look(self, folder: Path | str) -> None:
         """Take in what was drawn since, and what counts no longer; go to the newest step unless a person looks at another."""
-        self._folder = RunFolder(Path(folder))
-        steps, before = steps_drawn(self._folder), self.step
-        newest = not self.steps or self.number.value == len(self.steps)
-        visible(self.widget, bool(steps))
-        self.steps = steps
-        if not steps:
-            return
-        number = len(steps) if newest else max(1, sum(step <= before for step in steps))
-        self._choosing = True
-        try:
-            self.number.max = len(steps)
-            put(self.number, number)
-        finally:
-            self._choosing = False
-        self.show()
+        with self._busy:
+            self._folder = RunFolder(Path(folder))
+            steps, before = steps_drawn(self._folder), self.step
+            newest = not self.steps or self.number.value == len(self.steps)
+            visible(self.widget, bool(steps))
+            self.steps = steps
+            if not steps:
+                return
+            number = len(steps) if newest else max(1, sum(step <= before for step in steps))
+            self._choosing = True
+            try:
+                self.number.max = len(steps)
+                put(self.number, number)
+            finally:
+                self._choosing = False
+            self.show()
 
     def show(self) -> None:
         """Bring picture and sentence up to date."""
-        if self._folder is None or self.step < 0 or self._choosing:
-            return
-        told = counting(self._folder)
-        found = standing(self._folder, self.step, told)
+        with self._busy:
+            if self._folder is not None and self.step >= 0 and not self._choosing:
+                self._show(self._folder)
+
+    def _show(self, folder: RunFolder) -> None:
+        told = counting(folder)
+        found = standing(folder, self.step, told)
         pictures = looked_at(found)
         large = [*pictures, *(one for one in found if one.kind == "ema" and one not in pictures)]
         self._name(large)
+        if not self.alone:
+            self._put_back()
         visible(self.wipe, self.alone)
-        put(self.said, sentence(in_words(self._folder, self.step, pictures, told)))
-        files = (*_files(self._folder, self.step), *_files(self._folder, 0), *(one.path for one in large))
+        put(self.said, sentence(in_words(folder, self.step, pictures, told)))
+        files = (*_files(folder, self.step), *_files(folder, 0), *(one.path for one in large))
         key = (self.step, self.which.value if self.alone else -1, self.wipe.value if self.alone else 0, files)
         if key not in self._made:
             while len(self._made) >= KEPT:
@@ -101,7 +110,7 @@ class PicturesView:
             if self.alone:
                 self._made[key] = self._one(large[self.which.value]), [BACK]
             else:
-                self._made[key] = _all(*grid_rows(self._folder, self.step, pictures, told), large)
+                self._made[key] = _all(*grid_rows(folder, self.step, pictures, told), large, self.step)
         self.shown.show(*self._made[key])
 
     @property
@@ -109,20 +118,32 @@ class PicturesView:
         """Whether one picture is shown at full size."""
         return self.which.value is not None and self.which.value >= 0
 
-    def _clicked(self, what: tuple[int, int]) -> None:
-        """One picture of the grid at full size, the base's or the adapter's alone; or all of them again, and the wipe as it was."""
-        which, share = what
-        if which >= len(self.which.options) - 1:
-            return  # of a step that had more
-        if not self.alone:
-            self._wiped = self.wipe.value
-        self._choosing = True
-        try:
-            put(self.which, which)
-            put(self.wipe, share if self.alone else self._wiped)
-        finally:
-            self._choosing = False
-        self.show()
+    def _clicked(self, what: tuple[int, int, int]) -> None:
+        """One picture of the grid at full size, the base's or the adapter's alone; or all of them again."""
+        step, which, share = what
+        with self._busy:
+            if step not in (self.step, -1) or which >= len(self.which.options) - 1:
+                return  # something else has come since
+            self._choosing = True
+            try:
+                if which >= 0:
+                    self._wiped = (share, self.wipe.value)
+                    put(self.wipe, share)
+                put(self.which, which)
+            finally:
+                self._choosing = False
+            self.show()
+
+    def _put_back(self) -> None:
+        """The wipe as it was before a click set it, unless a person has moved it since."""
+        share, before = self._wiped
+        self._wiped = (-1, 0)
+        if self.wipe.value == share:
+            self._choosing = True
+            try:
+                put(self.wipe, before)
+            finally:
+                self._choosing = False
 
     def _name(self, pictures: list[Found]) -> None:
         """Offer the pictures of a step by name; the one that is looked at stays, by its name or else by its place."""
@@ -152,14 +173,14 @@ class PicturesView:
         return jpeg(ours)
 
 
-def _all(rows: Rows, columns: tuple[str, ...], large: list[Found]) -> tuple[bytes, list[Part]]:
+def _all(rows: Rows, columns: tuple[str, ...], large: list[Found], step: int) -> tuple[bytes, list[Part]]:
     """The grid; behind each of its pictures, its place among the large ones and how much of that is not the base model's."""
     grid, parts = _grid(rows, columns, SIDE), []
     there = [(r, c, one) for r, (_, found) in enumerate(rows) for c, one in enumerate(found) if one is not None and not one.problem]
     for r, c, found in there:
         place = next((k for k, one in enumerate(large) if _shows(one, found)), None)
         if place is not None:
-            what = (place, 0 if found.kind == "base" else 100)
+            what = (step, place, 0 if found.kind == "base" else 100)
             parts.append(part_of(grid, r, c, f"{columns[c]}, {rows[r][0]}: full size", what))
     return jpeg(grid.image()), parts
 

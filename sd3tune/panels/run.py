@@ -255,7 +255,7 @@ class RunPanel(Panel):
             if now.refusals != self._told:
                 self._told = now.refusals
                 self.say(f"Not done: {now.refused}", bad=True)
-            said, over = self.spending.look(now)
+            said, over = self.spending.look(now) if self.runner.viewer is self else ("", False)
             if over:
                 self.runner.send("stop")
             if said:

@@ -35,6 +35,7 @@ class Spending:
         self.price.observe(lambda change: setattr(self.most, "disabled", not change["new"] > 0), "value")
         self._below: tuple[Any, ...] = ()
         """The run and the limit that was seen before it was reached: one that is typed too low stops nothing."""
+        self._said: tuple[Any, ...] = ()
         self._asked = -1
 
     def take_over(self, viewer: object) -> None:
@@ -42,9 +43,10 @@ class Spending:
         other = getattr(viewer, "spending", None)
         if isinstance(other, Spending) and not self.price.value:
             self.price.value, self.most.value = other.price.value, other.most.value
+            self._below, self._said, self._asked = other._below, other._said, other._asked
 
     def look(self, now: Snapshot) -> tuple[str, bool]:
-        """What is to be said, and whether the run is to be stopped: once for each update, until it is."""
+        """What is to be said, once for a limit, and whether the run is to be stopped: asked after each update, until it is."""
         price, most = self.price.value, self.most.value
         if not now.live or now.state == "stopping" or not (price > 0 and most > 0):
             return "", False
@@ -53,7 +55,10 @@ class Spending:
             self._below = limit
         if so_far < most or now.step == self._asked:
             return "", False
-        self._asked = now.step
-        if self._below != limit:
-            return f"About {so_far:.2f} are spent already, more than {most:g}: the run goes on. Enter what it may cost in all.", False
-        return f"About {so_far:.2f} of {most:g} are spent: the run is saved and stopped. Go on counts from 0.", True
+        self._asked, over = now.step, self._below == limit
+        if limit == self._said:
+            return "", over
+        self._said = limit
+        if over:
+            return f"About {so_far:.2f} of {most:g} are spent: the run is to be saved and stopped. Go on counts from 0.", True
+        return f"About {so_far:.2f} are spent already, more than {most:g}: the run goes on. Enter what it may cost in all.", False

@@ -20,7 +20,7 @@ from sd3tune.secrets import without_secrets
 
 
 def test_what_works_is_really_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each format in a process of its own; the answer is remembered, also over a memory that is damaged."""
+    """In another process; the answer is remembered, also over a memory that is damaged."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert probe(["int8-quanto", "bf16"]) == {"int8-quanto": "", "bf16": ""}
     monkeypatch.setattr(capabilities, "TRY", "raise SystemExit(3)")
@@ -30,6 +30,31 @@ def test_what_works_is_really_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert probe(["nf4-bnb"]) == {"nf4-bnb": "RuntimeError: no such kernel"}
     next((tmp_path / "sd3tune" / "capabilities").iterdir()).write_text("[")
     assert probe(["int8-quanto"]) == {"int8-quanto": "RuntimeError: no such kernel"}
+
+
+def test_one_that_fails_or_ends_the_process_says_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One process tries several; after a failure those that are left get another one, and so do those after a crash."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fate = """
+import os, sys
+with open(os.environ["STARTS"], "a") as file:
+    file.write(" ".join(sys.argv[1:]) + chr(10))
+for name in sys.argv[1:]:
+    if name == "fp16":
+        raise RuntimeError("no such kernel")
+    if name == "int8-quanto":
+        os.abort()
+    print("a library talks", name, flush=True)
+    print(name, flush=True)
+"""
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    monkeypatch.setattr(capabilities, "TRY", fate)
+    names = ["bf16", "fp16", "fp8-quanto", "int8-quanto", "nf4-bnb"]
+    found = {"bf16": "", "fp16": "RuntimeError: no such kernel", "fp8-quanto": "", "int8-quanto": "it ends the process (-6)", "nf4-bnb": ""}
+    assert probe(names) == found
+    assert (tmp_path / "starts").read_text().splitlines() == [" ".join(names[k:]) for k in (0, 2, 4)]
+    assert probe(reversed(names)) == found
+    assert len((tmp_path / "starts").read_text().splitlines()) == 3, "what is known is not tried again"
 
 
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

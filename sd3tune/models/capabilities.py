@@ -1,4 +1,4 @@
-"""What works on this machine: each number format tried with a tiny layer, in a process of its own, and remembered."""
+"""What works on this machine: each number format tried with a tiny layer, in another process, and remembered."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ TRY = """
 import json, sys, torch
 from sd3tune.models.components import pick_device
 from sd3tune.models.quantize import smaller
-name, device = sys.argv[1], pick_device()
-dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
-layer = torch.nn.Linear(256, 256).to(device, dtype).requires_grad_(False)
-x = torch.randn(4, 256, device=device, dtype=dtype, requires_grad=True)
-plain = layer(x.detach())
-made = layer if name in ("bf16", "fp16") else smaller(layer, name)
-out = made(x)
-out.float().square().mean().backward()
-error = float((out.float() - plain.float()).norm() / plain.float().norm())
-assert error < {"int2-quanto": 0.8, "bf16": 0.01, "fp16": 0.01}.get(name, 0.2), f"its results are wrong (relative error {error:.2f})"
-assert x.grad is not None and bool(x.grad.any()) and bool(x.grad.isfinite().all()), "no gradient comes through"
+device = pick_device()
+for name in sys.argv[1:]:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    layer = torch.nn.Linear(256, 256).to(device, dtype).requires_grad_(False)
+    x = torch.randn(4, 256, device=device, dtype=dtype, requires_grad=True)
+    plain = layer(x.detach())
+    made = layer if name in ("bf16", "fp16") else smaller(layer, name)
+    out = made(x)
+    out.float().square().mean().backward()
+    error = float((out.float() - plain.float()).norm() / plain.float().norm())
+    assert error < {"int2-quanto": 0.8, "bf16": 0.01, "fp16": 0.01}.get(name, 0.2), f"its results are wrong (relative error {error:.2f})"
+    assert x.grad is not None and bool(x.grad.any()) and bool(x.grad.isfinite().all()), "no gradient comes through"
+    print(name, flush=True)
 """
 
 Capabilities = Mapping[str, str]
@@ -56,11 +58,12 @@ def probe(names: Iterable[str] = (*FORMATS, *PRECISIONS)) -> dict[str, str]:
         known: dict[str, str] = json.loads(memory.read_text())
     except (OSError, ValueError):
         known = {}
-    found = {name: known[name] if name in known else _tried(name) for name in names}
-    if not found.keys() <= known.keys():
+    wanted = list(names)
+    if new := [name for name in wanted if name not in known]:
+        known |= _tried(new)
         with suppress(FileError, OSError):  # then it is tried again the next time
-            write_text(memory, json.dumps({**known, **found}))
-    return found
+            write_text(memory, json.dumps(known))
+    return {name: known[name] for name in wanted}
 
 
 def _memory() -> Path:
@@ -70,15 +73,21 @@ def _memory() -> Path:
     return root / "sd3tune" / "capabilities" / f"{digest(platform.platform(), sys.executable, *versions)[:16]}.json"
 
 
-def _tried(name: str) -> str:
-    missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)] if name in COMPILED else []
-    if missing:
-        return f"it needs {' and '.join(missing)} to build its extension; apt install g++ ninja-build"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRY, name], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return ""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return (lines[-1] if lines else f"it ends the process ({done.returncode})")[:200]
+def _tried(names: list[str]) -> dict[str, str]:
+    """One process for all of them, which takes seconds to start; after one that fails, another for those that are left."""
+    missing = [tool for tool in ("g++", "ninja") if not shutil.which(tool)]
+    said = f"it needs {' and '.join(missing)} to build its extension; apt install g++ ninja-build"
+    found = {name: said for name in names if missing and name in COMPILED}
+    left = [name for name in names if name not in found]
+    while left:
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", TRY, *left], capture_output=True, text=True, check=False)
+        works = {*done.stdout.splitlines()}
+        while left and left[0] in works:
+            found[left.pop(0)] = ""
+        if left:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            found[left.pop(0)] = (lines[-1] if lines else f"it ends the process ({done.returncode})")[:200]
+    return found
 
 
 def needed(config: RunConfig) -> list[str]:

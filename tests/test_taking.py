@@ -87,6 +87,8 @@ def test_a_killed_kernels_run_is_shown_and_can_be_gone_on_with(tmp_path: Path, o
     now = panel.runner.snapshot
     assert (now.state, now.step, now.folder, now.count, now.evals) == ("stopped", 6, str(folder.path), 6, ((6, 0.25),))
     assert now.loss.latest == (6, 1 / 6)
+    assert (now.rates.latest, now.grad_norms.latest) == ((6, 1e-3), (6, 1.0))
+    assert "The learning rate is 0.001" in panel.others.value
     assert "<svg" in panel.chart.value
     assert panel.checkpoint.value == 6
     assert [name for name, one in panel.buttons.items() if not one.disabled] == ["start", "go_on"]

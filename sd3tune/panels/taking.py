@@ -8,13 +8,13 @@ from typing import Any
 
 from sd3tune.config.reading import HOW, is_live
 from sd3tune.config.schema import RunConfig
-from sd3tune.curves import curve_of
 from sd3tune.errors import ConfigError, Sd3TuneError
 from sd3tune.listing import newest_of
 from sd3tune.opening import OpenedRun, open_run
 from sd3tune.panels import codes, fields
+from sd3tune.records import StepRecord
 from sd3tune.run_folder import RunFolder, latest_step
-from sd3tune.snapshot import Snapshot
+from sd3tune.snapshot import Gauges, Snapshot
 
 # --- what a form changes -------------------------------------------------------------------------------------------------
 
@@ -74,10 +74,14 @@ def unfinished(found: OpenedRun | None) -> bool:
 
 def as_left(found: OpenedRun) -> Snapshot:
     """A run that nobody runs any more, as far as its folder tells."""
-    evals = found.evals
+    evals, gauges, seen = found.evals, Gauges(), dict[str, Any]()
+    for record in found.records:
+        if isinstance(record, StepRecord):
+            seen = gauges.take(record)
     return Snapshot(
-        state="stopped", step=found.step, total_steps=found.total, folder=str(found.path), loss=curve_of(found.losses),
-        count=len(found.losses), evals=tuple((one.step, one.loss) for one in evals), verdict=evals[-1].verdict if evals else "",
+        **{name: seen[name] for name in ("count", "loss", "rates", "grad_norms", "bands") if seen},
+        state="stopped", step=found.step, total_steps=found.total, folder=str(found.path),
+        evals=tuple((one.step, one.loss) for one in evals), verdict=evals[-1].verdict if evals else "",
         pictures=sum(row["type"] == "image" for row in found.history), log=(f"{found.path}: {found.state}",),
     )  # fmt: skip
 

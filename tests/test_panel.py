@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_runner import PATIENCE, FakeTrainer, quick_collections  # noqa: F401
+from test_runner import PATIENCE, FakeTrainer
 
 from sd3tune.config import presets
 from sd3tune.errors import ConfigError, TrainingError

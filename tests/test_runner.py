@@ -140,14 +140,6 @@ def step_record(step: int, rate: float, loss: float | None = None) -> StepRecord
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def quick_collections() -> Iterator[None]:
-    """A runner collects garbage when its run ends; what the test session holds need not be looked at each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def fake(tmp_path: Path) -> FakeTrainer:
     return FakeTrainer(tmp_path / "run")

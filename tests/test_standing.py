@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_panel import fake, live  # noqa: F401
-from test_runner import FakeTrainer, quick_collections  # noqa: F401
+from test_runner import FakeTrainer
 
 from sd3tune.config import presets
 from sd3tune.history import History

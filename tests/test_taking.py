@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_runner import PATIENCE, FakeTrainer, quick_collections, step_record  # noqa: F401
+from test_runner import PATIENCE, FakeTrainer, step_record
 
 from sd3tune import locking
 from sd3tune.config import presets

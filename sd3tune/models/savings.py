@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,19 @@ def largest_batch(config: RunConfig, *, side: int, room: float) -> int:
 
 def batches(config: RunConfig, *, side: int, room: float) -> str:
     """How large a batch may be here, also with a base in 8 bits where that is allowed and helps; empty when no picture fits at all."""
-    found = {"": largest_batch(config, side=side, room=room)}
-    if config.model.base_model_precision == "no_change" and config.adapter.lora_type == "standard" and not config.adapter.use_dora:
-        found["with a base in int8-quanto "] = largest_batch(config.replace(base_model_precision="int8-quanto"), side=side, room=room)
-    named = [f"{how}{size}{' or more' if size == MOST else ''}" for how, size in found.items() if size > found[""] or (not how and size)]
-    return f"Largest batch size that fits: {', '.join(named)}." if named else ""
+    own, parts = largest_batch(config, side=side, room=room), list[str]()
+    if own:
+        parts.append(_or_more(own))
+    if config.model.base_model_precision == "no_change" and config.adapter.lora_type == "standard":
+        with suppress(ConfigError):  # some adapters need the base's weights whole
+            smaller = largest_batch(config.replace(base_model_precision="int8-quanto"), side=side, room=room)
+            if smaller > own:
+                parts.append(f"with a base in int8-quanto {_or_more(smaller)}")
+    return f"Largest batch size that fits: {', '.join(parts)}." if parts else ""
+
+
+def _or_more(size: int) -> str:
+    return f"{size} or more" if size == MOST else f"{size}"
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[dict[str, Any], str]]:

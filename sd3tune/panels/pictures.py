@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.history_grid import Rows, rows_of
 from sd3tune.validation.pictures import Found, cell_of, drawn, title
-from sd3tune.validation.standing import Told, counting, standing, steps_drawn
+from sd3tune.validation.standing import counting, standing, steps_drawn
 
 SIDE, KEPT = 320, 24
 """Pixels of a picture in the grid, and grids that are kept to scrub through."""
@@ -37,7 +39,7 @@ class PicturesView:
         self._wiped = (-1, 0)
         """What a click made of the wipe, and what it was before."""
         self._busy = threading.RLock()
-        self._choosing = False
+        self._chosen_here = False
         narrow = {"width": "min(300px, 98%)"}
         self.steps: list[int] = []
         self.number: Any = tip(
@@ -78,30 +80,35 @@ class PicturesView:
             if not steps:
                 return
             number = len(steps) if newest else max(1, sum(step <= before for step in steps))
-            self._choosing = True
-            try:
+            with self._choosing():
                 self.number.max = len(steps)
                 put(self.number, number)
-            finally:
-                self._choosing = False
             self.show()
 
     def show(self) -> None:
         """Bring picture and sentence up to date."""
         with self._busy:
-            if self._folder is not None and self.step >= 0 and not self._choosing:
+            if self._folder is not None and self.step >= 0 and not self._chosen_here:
                 self._show(self._folder)
 
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Fields that are set in the block show nothing by themselves."""
+        self._chosen_here = True
+        try:
+            yield
+        finally:
+            self._chosen_here = False
+
     def _show(self, folder: RunFolder) -> None:
-        told = counting(folder)
-        found = standing(folder, self.step, told)
+        found = standing(folder, self.step)
         pictures = looked_at(found)
         large = [*pictures, *(one for one in found if one.kind == "ema" and one not in pictures)]
         self._name(large)
         if not self.alone:
             self._put_back()
         visible(self.wipe, self.alone)
-        put(self.said, sentence(in_words(folder, self.step, pictures, told)))
+        put(self.said, sentence(in_words(folder, self.step, pictures)))
         files = (*_files(folder, self.step), *_files(folder, 0), *(one.path for one in large))
         key = (self.step, self.which.value if self.alone else -1, self.wipe.value if self.alone else 0, files)
         if key not in self._made:
@@ -110,7 +117,7 @@ class PicturesView:
             if self.alone:
                 self._made[key] = self._one(large[self.which.value]), [BACK]
             else:
-                self._made[key] = _all(*grid_rows(folder, self.step, pictures, told), large, self.step)
+                self._made[key] = _all(*grid_rows(folder, self.step, pictures), large, self.step)
         self.shown.show(*self._made[key])
 
     @property
@@ -124,14 +131,11 @@ class PicturesView:
         with self._busy:
             if step not in (self.step, -1) or which >= len(self.which.options) - 1:
                 return  # something else has come since
-            self._choosing = True
-            try:
+            with self._choosing():
                 if which >= 0:
                     self._wiped = (share, self.wipe.value)
                     put(self.wipe, share)
                 put(self.which, which)
-            finally:
-                self._choosing = False
             self.show()
 
     def _put_back(self) -> None:
@@ -139,11 +143,8 @@ class PicturesView:
         share, before = self._wiped
         self._wiped = (-1, 0)
         if self.wipe.value == share:
-            self._choosing = True
-            try:
+            with self._choosing():
                 put(self.wipe, before)
-            finally:
-                self._choosing = False
 
     def _name(self, pictures: list[Found]) -> None:
         """Offer the pictures of a step by name; the one that is looked at stays, by its name or else by its place."""
@@ -152,11 +153,8 @@ class PicturesView:
         called = [title(one.shot, shots) + (", average" if several and one.kind == "ema" else "") for one in pictures]
         names = [(ALL, -1), *((name, k) for k, name in enumerate(called))]
         chosen = next((k for name, k in names if name == self.which.label), self.which.value)
-        self._choosing = True
-        try:
+        with self._choosing():
             offer(self.which, names, chosen=chosen)
-        finally:
-            self._choosing = False
 
     def _one(self, found: Found) -> bytes:
         """One picture at full size, its right part the base model's."""
@@ -200,10 +198,10 @@ def _files(folder: RunFolder, step: int) -> list[tuple[str, int]]:
     return sorted((one.name, one.stat().st_mtime_ns) for one in folder.images(step).glob("*.json"))
 
 
-def grid_rows(folder: RunFolder, step: int, pictures: list[Found], told: Told | None = None) -> tuple[Rows, tuple[str, ...]]:
+def grid_rows(folder: RunFolder, step: int, pictures: list[Found]) -> tuple[Rows, tuple[str, ...]]:
     """The base model's pictures over a step's, in labelled rows, and the columns' titles."""
     shots = [one.shot for one in pictures]
-    return rows_of(folder, shots, [step], told), tuple(title(shot, shots) for shot in shots)
+    return rows_of(folder, shots, [step]), tuple(title(shot, shots) for shot in shots)
 
 
 def grid_at(folder: RunFolder, step: int, side: int = SIDE) -> Grid:
@@ -228,14 +226,14 @@ def small(found: Found | None, side: int) -> Image.Image | str | None:
     return cell
 
 
-def in_words(folder: RunFolder, step: int, pictures: list[Found], told: Told | None = None) -> str:
+def in_words(folder: RunFolder, step: int, pictures: list[Found]) -> str:
     """What is seen, for those who do not see it: how many, of what, what failed, and the scores."""
     failed = [one for one in pictures if one.problem]
     whose = "the LoRA" if any(one.kind == "adapter" for one in pictures) else "the base model alone"
     prompts = ", ".join(one.shot.prompt or "no prompt" for one in pictures[:8])
     said = f"Step {step}: {len(pictures) - len(failed)} pictures of {whose}: {prompts}."
     said += "".join(f" {one.shot.prompt!r} could not be drawn: {one.problem}." for one in failed[:3])
-    scores = [row for row in (counting(folder) if told is None else told) if row["type"] == ScoreRecord.type and row["step"] == step]
+    scores = [row for row in counting(folder) if row["type"] == ScoreRecord.type and row["step"] == step]
     said += "".join(f" CLIP score ({row['kind']}) {row['mean']:.3f}." for row in scores)
     return f"{said} {READING}" if scores else said
 

@@ -15,21 +15,11 @@ class Spending:
     """Two fields; nothing is limited while one of them is 0."""
 
     def __init__(self) -> None:
-        self.price, self.most = (
-            tip(
-                widgets.FloatText(
-                    value=0, description=name, style={"description_width": "100px"}, layout={"width": "190px", "max_width": "98%"}
-                ),
-                about,
-            )
-            for name, about in (
-                ("Price per hour", "what an hour of this machine costs, to show what is still to pay"),
-                (
-                    "Spend at most",
-                    "the run is saved and stopped when it has cost this much since its first update, at the price per hour; 0 is no limit. "
-                    "A paused run is not stopped",
-                ),
-            )
+        self.price = _sum("Price per hour", "what an hour of this machine costs, to show what is still to pay")
+        self.most = _sum(
+            "Spend at most",
+            "the run is saved and stopped when it has cost this much since its first update, at the price per hour; 0 is no limit. "
+            "A paused run is not stopped",
         )
         self.most.disabled = True
         self.price.observe(lambda change: setattr(self.most, "disabled", not change["new"] > 0), "value")
@@ -62,3 +52,8 @@ class Spending:
         if over:
             return f"About {so_far:.2f} of {most:g} are spent: the run is to be saved and stopped. Go on counts from 0.", True
         return f"About {so_far:.2f} are spent already, more than {most:g}: the run goes on. Enter what it may cost in all.", False
+
+
+def _sum(name: str, about: str) -> Any:
+    width = {"width": "190px", "max_width": "98%"}
+    return tip(widgets.FloatText(value=0, description=name, style={"description_width": "100px"}, layout=width), about)

@@ -12,7 +12,7 @@ from sd3tune.run_folder import RunFolder
 from sd3tune.validation.grids import Grid
 from sd3tune.validation.pictures import Found, cell_of, drawn, model_settings, settings_of, title
 from sd3tune.validation.shots import Shot, shots_of
-from sd3tune.validation.standing import Told, counting, standing, steps_drawn
+from sd3tune.validation.standing import standing, steps_drawn
 
 MOST = 6
 """Steps with a row of their own; of more the first, the last, and some evenly between."""
@@ -42,16 +42,12 @@ def grid_of(shots: Sequence[Shot], found: Rows, made: Plan, *, most: int | None 
     return Grid(tuple(rows), tuple(title(shot, shots) for shot in shots))
 
 
-def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int], told: Told | None = None) -> Rows:
-    """What counts of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label.
-
-    ``told`` is what `counting` gave, where it was asked already.
-    """
+def rows_of(folder: RunFolder, shots: Sequence[Shot], steps: Sequence[int]) -> Rows:
+    """What counts of some shots: the base model's, and those drawn after each of ``steps`` updates, each row with its label."""
     base = {found.shot: found for found in drawn(folder, 0) if found.kind == "base"}
     rows = [("base model", tuple(base.get(shot.base) for shot in shots))] if base else []
-    told = counting(folder) if told is None else told
     for step in steps:
-        found = standing(folder, step, told)
+        found = standing(folder, step)
         for kind, label in (("adapter", f"LoRA, step {step}"), ("ema", f"average, step {step}")):
             there = {one.shot.place: one for one in found if one.kind == kind}
             if there:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sd3tune.history import follow_segments, rows_of
@@ -13,16 +15,21 @@ from sd3tune.validation.pictures import Found, drawn
 KINDS = (ImageRecord.type, ScoreRecord.type, SegmentRecord.type)
 
 
-Told = Sequence[dict[str, Any]]
-"""Lines of the history."""
+def counting(folder: RunFolder) -> Sequence[dict[str, Any]]:
+    """The history's lines of pictures and their scores that count, oldest first; the file is read anew when it has changed."""
+    try:
+        about = folder.history.stat()
+    except FileNotFoundError:
+        return ()
+    return _counting(folder.history, about.st_ino, about.st_size, about.st_mtime_ns)
 
 
-def counting(folder: RunFolder) -> Told:
-    """The history's lines of pictures and their scores that count, oldest first. It reads no others: an update has a line each."""
+@lru_cache(maxsize=8)
+def _counting(history: Path, *_identity: int) -> Sequence[dict[str, Any]]:
+    """It reads no lines of other kinds: an update has a line each."""
     marks = [f'"{kind}"'.encode() for kind in KINDS]
-    lines = folder.history.read_bytes().splitlines() if folder.history.exists() else []
-    rows = rows_of(b"\n".join(line for line in lines if any(mark in line for mark in marks)))
-    return follow_segments([row for row in rows if row["type"] in KINDS])
+    lines = [line for line in history.read_bytes().splitlines() if any(mark in line for mark in marks)]
+    return follow_segments([row for row in rows_of(b"\n".join(lines)) if row["type"] in KINDS])
 
 
 def steps_drawn(folder: RunFolder) -> list[int]:
@@ -31,14 +38,11 @@ def steps_drawn(folder: RunFolder) -> list[int]:
     return [step for step in map(step_of, picture_folders(folder)) if step in told or not told]
 
 
-def standing(folder: RunFolder, step: int, told: Told | None = None) -> list[Found]:
-    """The pictures of a step that count, in the order they were drawn; all that lie there when the history tells of none.
-
-    ``told`` is what `counting` gave, where several steps are asked for.
-    """
-    rows = [row for row in (counting(folder) if told is None else told) if row["type"] == ImageRecord.type]
-    counted = {(row.get("kind"), _place(row)) for row in rows if row["step"] == step}
-    return [one for one in drawn(folder, step) if (one.kind, one.shot.place) in counted or not rows]
+def standing(folder: RunFolder, step: int) -> list[Found]:
+    """The pictures of a step that count, in the order they were drawn; all that lie there when the history tells of none."""
+    rows = [row for row in counting(folder) if row["type"] == ImageRecord.type]
+    told = {(row.get("kind"), _place(row)) for row in rows if row["step"] == step}
+    return [one for one in drawn(folder, step) if (one.kind, one.shot.place) in told or not rows]
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:

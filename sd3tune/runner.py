@@ -108,7 +108,7 @@ class Runner:
         self._put(state="preparing", message="loading the model")
         live.saved_on_sigterm()
         make, self._make = self._make, None
-        threading.Thread(target=self._main, args=(make,), name="sd3tune-trainer", daemon=True).start()
+        live.thread("sd3tune-trainer", self._main, make)
 
     def _main(self, make: Callable[[], Made] | Trainer) -> None:
         trainer: Trainer | None = None

@@ -573,9 +573,10 @@ def test_a_newer_panel_goes_on_with_price_and_limit(live: TrainingPanel) -> None
     assert (again.price.value, again.spending.most.value) == (2.0, 30.0)
     live.runner._put(step=5, count=5, seconds=60.0)
     again.refresh()
-    live.runner._put(step=6, count=6, seconds=54_000.0)
-    live.refresh()
-    assert live.runner._inbox.queue.empty(), "only the newest panel watches the limit"
+    with again._busy:  # its own thread waits until the older one has looked
+        live.runner._put(step=6, count=6, seconds=54_000.0)
+        live.refresh()
+        assert live.runner._inbox.queue.empty(), "only the newest panel watches the limit"
     again.refresh()
     assert live.runner._inbox.queue.get_nowait().name == "stop"
 

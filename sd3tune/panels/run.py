@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from sd3tune import live
 from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
 from sd3tune.panels import codes, record, showing, taking
@@ -221,7 +222,7 @@ class RunPanel(Panel):
         self.spending.take_over(self.runner.viewer)
         self.runner.viewer = self
         self._agreed, self.draft.live = self.config, True
-        threading.Thread(target=self._pump, args=(self.runner,), name="sd3tune-panel", daemon=True).start()
+        live.thread("sd3tune-panel", self._pump, self.runner)
 
     def _pump(self, runner: Runner) -> None:
         while runner is self.runner and runner.viewer is self and runner.snapshot.live:

@@ -54,7 +54,8 @@ def losses(folder: Path, seed: int, steps: int, *, shuffled: bool) -> tuple[floa
         f"- {{id: held, instance_data_dir: {playground.PICTURES / 'heldout'}, resolution: 64, dataset_type: eval}}\n"
     )
     config = st.presets.playground(
-        eval_timesteps=8, seed=seed, max_train_steps=steps, validation_prompt=(), cache_dir=str(folder / "cache"), output_dir=str(folder / "runs" / "run"),
+        eval_timesteps=8, seed=seed, max_train_steps=steps, validation_prompt=(), cache_dir=str(folder / "cache"),
+        output_dir=str(folder / "runs" / "run"),
     )  # fmt: skip
     trainer = st.Trainer(config, st.CacheBuilder(st.plan(st.discover(data), config), st.encoders(config)).build())
     evaluations = [record.loss for record in trainer.run() if record.type == "eval"]  # type: ignore[attr-defined]

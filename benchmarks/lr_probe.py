@@ -49,8 +49,8 @@ class Arm:
 
     def _config(self, rate: float) -> st.RunConfig:
         return st.presets.playground(
-            seed=self._seed, max_train_steps=UPDATES, eval_timesteps=8, learning_rate=rate, validation_prompt=(), cache_dir=str(self._folder / "cache"),
-            output_dir=str(self._folder / "runs" / "run"), **KINDS[self._kind],
+            seed=self._seed, max_train_steps=UPDATES, eval_timesteps=8, learning_rate=rate, validation_prompt=(),
+            cache_dir=str(self._folder / "cache"), output_dir=str(self._folder / "runs" / "run"), **KINDS[self._kind],
         )  # fmt: skip
 
     def fall(self, rate: float) -> float:

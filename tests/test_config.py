@@ -243,7 +243,7 @@ def test_rules_between_settings(values: dict[str, Any], says: str) -> None:
 def test_legal_edges_pass() -> None:
     """The ends of ranges are legal, and short warm-ups, one-block guidance and whole numbers for floats too."""
     config = presets.playground(
-        caption_dropout_probability=1, lr_warmup_steps=300, seed=2**32 - 1, validation_guidance_skip_layers=[0, 3], validation_guidance=2
+        caption_dropout_probability=1, lr_warmup_steps=150, seed=2**32 - 1, validation_guidance_skip_layers=[0, 3], validation_guidance=2
     )
     assert config.validation.validation_guidance_skip_layers == (0, 3)
     assert check(config) == []

@@ -220,8 +220,7 @@ class RunPanel(Panel):
     def _follow(self) -> None:
         """Copy the snapshot into the widgets until the run ends or a newer panel shows it."""
         self.spending.take_over(self.runner.viewer)
-        self.runner.viewer = self
-        self._agreed, self.draft.live = self.config, True
+        self.runner.viewer, self._agreed, self.draft.live = self, self.config, True
         live.thread("sd3tune-panel", self._pump, self.runner)
 
     def _pump(self, runner: Runner) -> None:

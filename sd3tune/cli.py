@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; may be repeated")
         if name == "train":
             cli_train.add_arguments(made)
+    shown = verb("attach", cli_train.attach, "show a run that goes on in another process, such as a notebook's, until it ends")
+    shown.add_argument("run", help="a run folder")
     cli_configure.add_arguments(verb("configure", cli_configure.run, "ask step by step, and write run.yaml and datasets.yaml"))
     looked = verb("doctor", _doctor, "what this machine has and what a run needs, before anything is downloaded")
     looked.add_argument("config", nargs="?", help="a YAML file of settings; without one, the machine alone")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import sd3tune as st
 from sd3tune.cli_data import config_of
+from sd3tune.control import FILES
 from sd3tune.errors import ConfigError, Sd3TuneError
 from sd3tune.listing import newest_of
-from sd3tune.records import NoticeRecord
+from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, Record
 
 if TYPE_CHECKING:
     from sd3tune.data import Plan
@@ -99,7 +100,6 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
     from tqdm import tqdm
 
     from sd3tune.progress import progress
-    from sd3tune.records import CheckpointRecord, EvalRecord
 
     records, longest, before = progress(trainer), 0.0, time.monotonic()
     again = f"go on with: sd3tune train --resume {trainer.folder.path}"
@@ -108,15 +108,8 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
             longest, before = max(longest, time.monotonic() - before), time.monotonic()
             if deadline is not None and before + 2 * longest > deadline and not trainer.done:
                 trainer.stop()
-            if isinstance(record, NoticeRecord) and record.step:
-                tqdm.write(f"step {record.step}: {record.text}")
-            elif isinstance(record, EvalRecord):
-                beside = "" if record.relative is None else f", {record.relative:.1%} of the base model's"
-                tqdm.write(f"step {record.step}: loss on {record.images} held-out images {record.loss:.4f}{beside}")
-                if record.verdict:
-                    tqdm.write(f"step {record.step}: {record.verdict}")
-            elif isinstance(record, CheckpointRecord):
-                tqdm.write(f"step {record.step}: saved {record.path}")
+            for said in told(record):
+                tqdm.write(f"step {record.step}: {said}")
     except Sd3TuneError:
         _part(trainer)
         raise
@@ -131,6 +124,41 @@ def _drive(trainer: Trainer, deadline: float | None) -> int:
         print(f"stopped after step {trainer.steps_done}; saved {trainer.secure()}\n{again}")
         return 0
     print(f"adapter: {trainer.folder.lora}\npictures: {trainer.folder.grid}")
+    return 0
+
+
+def told(record: Record) -> list[str]:
+    """What stands in a terminal about a record, beside the progress line."""
+    if isinstance(record, EvalRecord):
+        beside = "" if record.relative is None else f", {record.relative:.1%} of the base model's"
+        return [f"loss on {record.images} held-out images {record.loss:.4f}{beside}", *filter(None, [record.verdict])]
+    if isinstance(record, CheckpointRecord):
+        return [f"saved {record.path}"]
+    return [record.text] if isinstance(record, NoticeRecord) and record.step else []
+
+
+def attach(options: argparse.Namespace) -> int:
+    """Show a run that goes on in another process until it ends. Ctrl-C ends the showing, not the run. Raises: CheckpointError."""
+    from tqdm import tqdm
+
+    from sd3tune.progress import progress
+    from sd3tune.written import Written
+
+    run = st.open_run(options.run)
+    print(f"{run.path}\n{run.state}", flush=True)
+    if run.status != "running":
+        return 0
+    print(f"Ctrl-C ends this view, not the run; files in its folder steer it: {', '.join(FILES)}", flush=True)
+    written = Written(run.folder, updates=run.total)
+    written.so_far()
+    try:
+        for record in progress(written):
+            asked = isinstance(record, CommandRecord)
+            for said in [str(record)] if asked else told(record):
+                tqdm.write(f"step {record.step}: {said}")
+    except KeyboardInterrupt:
+        print()
+    print(run.refresh().state)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""A run in other processes, seen and steered like one in this kernel: what the runner and the panel ask of a trainer."""
+"""A run in another process, seen and steered like one in this kernel: what the runner and the panel ask of a trainer."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +13,32 @@ from sd3tune.config.reading import frozen, mapping_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.files import write_text
-from sd3tune.launching import POLL, Launched, launch
-from sd3tune.records import CheckpointRecord, CommandRecord, Record
-from sd3tune.validation.grids import Grid
-from sd3tune.validation.history_grid import newest_grid
+from sd3tune.launching import launch
+from sd3tune.listing import as_set
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, WaitRecord, of_row
+from sd3tune.run_folder import RunFolder
+from sd3tune.written import POLL, Written
 
 if TYPE_CHECKING:
     from sd3tune.cache import Cache
 
 
 class Followed:
-    """Stands for the trainer of a launched run. What is asked of it goes there by control files, and comes back in the history."""
+    """Stands for the trainer of such a run. What is asked of it goes there by control files, and comes back in the history."""
 
-    def __init__(self, launched: Launched, cache: Cache) -> None:
+    own = False
+
+    def __init__(self, written: Written) -> None:
         """Waits until the run has written what it is about to do. Raises: TrainingError when it ends before."""
-        while (folder := launched.folder) is None or not folder.manifest.exists():
-            if not launched.running:
-                launched.wait()
+        while (folder := written.folder) is None or not folder.manifest.exists():
+            if not written.running:
+                written.wait()
             time.sleep(POLL)
-        self._launched, self.folder, self._cache = launched, folder, cache
-        self.config = RunConfig.load(folder.config)
+        self._written, self.folder = written, folder
+        self.config = as_set(folder)
         manifest = json.loads(folder.manifest.read_text())
-        self.total, self.noise_levels = int(manifest["updates"]), tuple(manifest["levels"])
+        self.noise_levels = tuple(manifest["levels"])
+        written.total = written.total or int(manifest["updates"])
 
     @property
     def total_memory_bytes(self) -> int:
@@ -44,11 +48,22 @@ class Followed:
     @property
     def steps_done(self) -> int:
         """Updates done, as far as they were read."""
-        return self._launched.steps_done
+        return self._written.steps_done
 
-    def run(self, n: int | None = None) -> Iterator[Record]:
-        """The records as they are written."""
-        return self._launched.run(n)
+    @property
+    def total(self) -> int:
+        """Updates of the whole run, as it was set last."""
+        return self._written.total
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has all its updates."""
+        return self.steps_done >= self.total
+
+    def run(self) -> Iterator[Record]:
+        """The records as they are written, and a `WaitRecord` while there is none, so that it can be steered then, too."""
+        for record in self._written.pulse():
+            yield record or WaitRecord(step=self.steps_done, why="")
 
     def set(self, **settings: Any) -> CommandRecord:
         """Ask for other settings; whether they were taken is a record of the run."""
@@ -80,17 +95,22 @@ class Followed:
         elif name == "go_on":
             (self.folder.path / "PAUSE").unlink(missing_ok=True)
         elif name == "stop":
-            self._launched.stop()
+            self._written.stop()
             (self.folder.path / "PAUSE").unlink(missing_ok=True)
-            self._launched.wait()
+            self._written.wait()
         return CommandRecord(step=self.steps_done, name=name)
 
-    def beat(self) -> None:
-        """The run gives its own signs of life."""
+    def check(self, config: RunConfig) -> None:
+        """Raises: TrainingError: nobody here can draw with its model."""
+        raise TrainingError("a run in another process cannot lend its model; draw where it runs, or from its checkpoints: sd3tune grid")
+
+    def beat(self) -> bool:
+        """Whether its pause still holds; signs of life it gives by itself."""
+        return (self.folder.path / "PAUSE").exists()
 
     def parting(self) -> Iterator[Record]:
-        """Nothing: the run itself says what has become of its copies."""
-        return iter(())
+        """What the run wrote before it ended, such as what has become of its copies."""
+        return self._written.run()
 
     def checkpoint(self) -> CheckpointRecord:
         """Ask for a checkpoint before the next update."""
@@ -105,10 +125,6 @@ class Followed:
         """Ask for pictures; their records are the run's."""
         self._ask("SAMPLE")
         return iter(())
-
-    def grid(self) -> Grid:
-        """The newest pictures under the base model's, over the real ones."""
-        return newest_grid(self.config, self.folder, self._cache.plan, self.steps_done)
 
     def _waiting(self) -> dict[str, Any]:
         """What was asked and is not taken yet."""
@@ -127,6 +143,13 @@ def in_processes(data: str | Path = "datasets.yaml", processes: int | None = Non
     def make(config: RunConfig, cache: Cache) -> Followed:
         run = Path(tempfile.mkdtemp(prefix="sd3tune-launch-")) / "run.yaml"
         config.save(run)
-        return Followed(launch(run, data, processes=processes), cache)
+        return Followed(launch(run, data, processes=processes))
 
     return make
+
+
+def attached(folder: RunFolder) -> Generator[Record, None, Followed]:
+    """A run that goes on in another process, whoever began it: what it has written so far, then what stands for its trainer."""
+    written = Written(folder)
+    yield from (record for row in written.so_far() if (record := of_row(row)) is not None)
+    return Followed(written)

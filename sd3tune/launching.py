@@ -12,37 +12,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sd3tune.config.schema import RunConfig
 from sd3tune.errors import TrainingError
-from sd3tune.files import write_text
-from sd3tune.history import rows_of
-from sd3tune.records import Record, StepRecord, of_row
 from sd3tune.run_folder import RunFolder
-
-POLL = 0.25
-"""Seconds between two looks at a history."""
+from sd3tune.written import Written
 
 
-class Launched:
-    """A run in other processes: iterate over its records, ``stop`` it, ``wait`` for it. Leaving the notebook does not end it.
-
-    It has what a progress line asks of a trainer: ``run``, ``steps_done``, ``total``.
-    """
+class Launched(Written):
+    """A run in other processes: iterate over its records, ``stop`` it, ``wait`` for it. Leaving the notebook does not end it."""
 
     def __init__(self, command: list[str], *, updates: int = 0) -> None:
+        super().__init__(None, updates=updates)
         self.output = Path(tempfile.mkdtemp(prefix="sd3tune-launch-")) / "output.txt"
         with self.output.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        self.steps_done, self.total = 0, updates
-        self._waiting: deque[dict[str, Any]] = deque()
-        self._read = 0
-        self._folder: RunFolder | None = None
 
     @property
     def folder(self) -> RunFolder | None:
@@ -56,34 +42,11 @@ class Launched:
         """Whether its processes are at it."""
         return self._process.poll() is None
 
-    def __iter__(self) -> Iterator[Record]:
-        return self.run()
-
-    def run(self, n: int | None = None) -> Iterator[Record]:
-        """Every record as it is written (up to ``n`` updates), until the run ends. Raises: TrainingError when it fails."""
-        last = None if n is None else self.steps_done + n
-        while last is None or self.steps_done < last:
-            over = not self.running
-            self._waiting += self._written()
-            while self._waiting and (last is None or self.steps_done < last):
-                record = of_row(self._waiting.popleft())
-                if isinstance(record, StepRecord):
-                    self.steps_done = record.step
-                if record is not None:
-                    yield record
-            if over and not self._waiting:
-                self.wait()
-                return
-            time.sleep(POLL)
-
     def stop(self) -> None:
         """Ask it to save and stop before its next update; a run that is still preparing is ended."""
-        if not self.running:
-            return
-        if self.folder is None:
+        if self.running and self.folder is None:
             os.killpg(self._process.pid, signal.SIGTERM)
-        else:
-            write_text(self.folder.path / "STOP", "")
+        super().stop()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for its end. Raises: TrainingError with its last words when it failed; subprocess.TimeoutExpired."""
@@ -91,16 +54,6 @@ class Launched:
         if code:
             words = "\n  ".join(_own(self._said().splitlines())[-12:])
             raise TrainingError(f"the launched run ended with exit code {code}; all it said is in {self.output}\n  {words}")
-
-    def _written(self) -> list[dict[str, Any]]:
-        """Whole lines of the history that are new, as they were written."""
-        if self.folder is None or not self.folder.history.exists():
-            return []
-        with self.folder.history.open("rb") as file:
-            file.seek(self._read)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._read += len(whole + end)
-        return list(rows_of(whole))
 
     def _said(self) -> str:
         return self.output.read_text(encoding="utf-8", errors="replace")

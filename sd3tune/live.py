@@ -58,7 +58,7 @@ def thread(name: str, target: Callable[..., None], *args: Any) -> None:
 def _save_all() -> None:
     going_on = [runner for runner in list(_LIVE.values()) if runner.snapshot.live]
     for runner in going_on:
-        runner.send("stop")
+        runner.send("stop", ours=True)
     for runner in going_on:
         with suppress(Sd3TuneError):  # it has ended by itself, and the run folder says how
             runner.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -96,7 +95,7 @@ class OpenedRun(Shown):
     @property
     def records(self) -> tuple[Record, ...]:
         """The history as records; lines of other versions that lack something are left out."""
-        return tuple(made for row in self.history if (made := _record(row)) is not None)
+        return tuple(made for row in self.history if (made := of_row(row)) is not None)
 
     @property
     def evals(self) -> tuple[EvalRecord, ...]:
@@ -213,13 +212,6 @@ def open_run(folder: str | Path) -> OpenedRun:
     there = RunFolder.of(folder)
     found = holder(there.lock)  # first: what is then read is at least as new
     return OpenedRun(there, tuple(follow_segments(read_lines(there.history))), found)
-
-
-def _record(row: Mapping[str, Any]) -> Record | None:
-    try:
-        return of_row(row)
-    except TypeError:  # a field that this version needs is not there
-        return None
 
 
 def _number(value: Any) -> bool:

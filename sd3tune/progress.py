@@ -5,16 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sd3tune.records import CacheRecord, EvalRecord, PreviewRecord, Record, StepRecord
 from sd3tune.shown import duration
 
-if TYPE_CHECKING:
-    from sd3tune.trainer import Trainer
+
+class Going(Protocol):
+    """A trainer, or a run in another process."""
+
+    @property
+    def steps_done(self) -> int:
+        """Updates done."""
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+
+    def run(self, n: int | None = None) -> Iterator[Record]:
+        """Its records."""
 
 
-def progress(trainer: Trainer, n: int | None = None) -> Generator[Record, None, None]:
+def progress(trainer: Going, n: int | None = None) -> Generator[Record, None, None]:
     """The records of ``trainer.run(n)``, with the progress shown while they pass."""
     return _in_notebook(trainer, n) if _has_front_end() else _in_terminal(trainer, n)
 
@@ -48,7 +60,7 @@ def _has_front_end() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def _in_notebook(trainer: Trainer, n: int | None) -> Generator[Record, None, None]:
+def _in_notebook(trainer: Going, n: int | None) -> Generator[Record, None, None]:
     from IPython.display import Markdown, display
 
     handle = display(Markdown("starting"), display_id=True)
@@ -62,7 +74,7 @@ def _in_notebook(trainer: Trainer, n: int | None) -> Generator[Record, None, Non
     handle.update(Markdown(line.text()))
 
 
-def _in_terminal(trainer: Trainer, n: int | None) -> Generator[Record, None, None]:
+def _in_terminal(trainer: Going, n: int | None) -> Generator[Record, None, None]:
     from tqdm import tqdm
 
     line = Line(trainer)
@@ -79,7 +91,7 @@ def _in_terminal(trainer: Trainer, n: int | None) -> Generator[Record, None, Non
 class Line:
     """The status line: what is going on, in words."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Going) -> None:
         self._trainer, self._seconds, self.detail, self._verdict = trainer, 0.0, "loading", ""
 
     def read(self, record: Record) -> None:

@@ -239,10 +239,14 @@ KINDS: dict[str, type[Record]] = {
 
 
 def of_row(row: Mapping[str, Any]) -> Record | None:
-    """The record that a line of a history holds; nothing for a kind of another version."""
+    """The record that a line of a history holds; nothing for one of another version, whose kind or fields are others."""
     kind = KINDS.get(row.get("type", ""))
     if kind is None:
         return None
-    names = {field.name for field in dataclasses.fields(kind)}
+    fields = dataclasses.fields(kind)
+    names = {field.name for field in fields}
+    missing = dataclasses.MISSING
+    if any(field.name not in row and field.default is missing and field.default_factory is missing for field in fields):
+        return None
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in names}
     return kind(**values)

@@ -17,14 +17,14 @@ from sd3tune.curves import EMPTY
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
 from sd3tune.inbox import Command, Inbox
-from sd3tune.records import ImageRecord, PreviewRecord, StepRecord
+from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, StepRecord
 from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, in_words, kept, reached
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
     from sd3tune.trainer import Trainer
 
-    Made: TypeAlias = Trainer | Generator[Record, None, Trainer]
+    Made: TypeAlias = Trainer | Generator[Record, None, Any]
 
 BEAT = 5.0
 """Seconds between two signs of life of a run that is paused."""
@@ -150,11 +150,12 @@ class Runner:
 
     def _work(self, trainer: Trainer) -> str:
         self._put(
-            step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
+            own=trainer.own, step=trainer.steps_done, total_steps=trainer.total, folder=str(trainer.folder.path), config=trainer.config,
             began_with=trainer.config, began_at=trainer.steps_done, message="",
             noise_levels=trainer.noise_levels, total_memory_bytes=trainer.total_memory_bytes,
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
+        self._gauges.begin()
         self._obey(trainer)
         if self._snapshot.state == "preparing":
             self._put(state="training")
@@ -162,9 +163,10 @@ class Runner:
         while self._snapshot.state != "stopping":
             record = next(records, None)
             if record is None:
-                return "finished"
+                return "finished" if trainer.done else "stopped"
             self._take(record)
-            self._put(state="validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training")
+            state = "validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training"
+            self._put(state=state, total_steps=trainer.total)
             self._obey(trainer)
         return "stopped"
 
@@ -191,9 +193,8 @@ class Runner:
         while True:
             paused = self._snapshot.state == "paused" and trainer is not None
             command = self._inbox.next(late=self._snapshot.state != "validating", wait=BEAT if paused else None)
-            if command is not None or not paused or trainer is None:
+            if command is not None or not paused or trainer is None or not trainer.beat():
                 return command
-            trainer.beat()
 
     def _apply(self, command: Command, trainer: Trainer) -> None:
         name, state = command.name, self._snapshot.state
@@ -209,10 +210,11 @@ class Runner:
             self._rewind(trainer, **command.values)
         elif name == "stop":
             self._put(state="stopping", message="saving")
-            self._save(trainer)
-            trainer.note(name)
-            for record in trainer.parting():
-                self._take(record)
+            if trainer.own or not command.values.get("ours"):  # what ends with this process
+                self._save(trainer)
+                trainer.note(name)
+                for record in trainer.parting():
+                    self._take(record)
         else:
             trainer.note(name)
             self._note(f"{name.replace('_', ' ')}, by you")
@@ -250,14 +252,13 @@ class Runner:
             self._refuse(command, record.refused)
             return
         self._note(f"{in_words(command.values)}, by you")
-        self._put(config=trainer.config, refused="", steering=(*self._snapshot.steering, (trainer.steps_done, dict(command.values))))
+        steering = (*self._snapshot.steering, (trainer.steps_done, dict(command.values)))
+        self._put(config=trainer.config, total_steps=trainer.total, refused="", steering=steering)
 
     def _save(self, trainer: Trainer) -> None:
-        written = trainer.checkpoint()
+        self._note(f"checkpoint {trainer.checkpoint().path}")
         path = trainer.folder.path / f"lora-step-{trainer.steps_done:06d}.safetensors"
-        tensors = trainer.save(path)
-        self._note(f"checkpoint {written.path}")
-        if tensors:
+        if trainer.save(path):
             self._note(f"adapter saved to {path}")
 
     def _validate(self, trainer: Trainer) -> None:
@@ -277,7 +278,7 @@ class Runner:
             self._put(**self._gauges.take(record))
         changes, text = after(self._snapshot, record)
         self._put(**changes)
-        if text:
+        if text and (self._snapshot.state != "preparing" or isinstance(record, CacheRecord)):  # what lies before has its time in the log
             self._note(text)
 
     def _refuse(self, command: Command, why: str = "") -> None:

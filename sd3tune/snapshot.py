@@ -47,6 +47,8 @@ class Snapshot:
     """What a run looks like at one moment. Never changes; cheap to make."""
 
     state: str = "idle"
+    own: bool = True
+    """Whether the run ends with this process; one of another process is only shown and steered here."""
     step: int = 0
     total_steps: int = 0
     learning_rate: float | None = None
@@ -144,6 +146,10 @@ class Gauges:
         self._bands = tuple(Series() for _ in range(round(1 / BAND)))
         self._first: tuple[int, float] | None = None
 
+    def begin(self) -> None:
+        """Time counts from the next update on: those before it were done elsewhere, or earlier."""
+        self._first = self.began = None
+
     def take(self, record: StepRecord) -> dict[str, Any]:
         """What an update changes in the snapshot."""
         self.count += 1
@@ -194,7 +200,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     if isinstance(record, SegmentRecord):
         return {"went_back": now.went_back + 1}, ""
     if isinstance(record, CommandRecord):
-        return {}, f"{record.name}: not done: {record.refused}" if record.refused else ""
+        said = f"{record.name}: not done: {record.refused}" if record.refused else ""
+        return {"message": "paused where it runs"} if record.name == "pause" and not now.own else {}, said
     return {}, record.text if isinstance(record, NoticeRecord) else ""
 
 

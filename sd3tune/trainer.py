@@ -122,6 +122,9 @@ class Trainer:
         """Of the GPU; 0 where there is none."""
         return total_memory(self.device)
 
+    own = True
+    """Whether the run ends with this process (`following.Followed` stands for one that does not)."""
+
     @property
     def done(self) -> bool:
         """Whether the run has all its updates."""
@@ -487,9 +490,13 @@ class Trainer:
         builder = CacheBuilder(replace(self.cache.plan, train=(), evaluation=(), texts=texts), encoders.encoders(self.config, device="cpu"))
         yield from builder
 
-    def beat(self) -> None:
-        """Say that this run is still held while it waits. Raises: TrainingError when another process has taken it over."""
+    def beat(self) -> bool:
+        """Say that this run is still held while it waits, which it does for as long as this is true.
+
+        Raises: TrainingError when another process has taken it over.
+        """
         self._saver.beat()
+        return True
 
     def note(self, name: str) -> CommandRecord:
         """Write a command that changes nothing here (pause, go on, stop) to the history."""

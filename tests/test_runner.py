@@ -63,8 +63,15 @@ class FakeTrainer:
         self.new_prompts += prompts
         yield NoticeRecord(step=self.steps_done, text="reading 1 new prompts")
 
-    def beat(self) -> None:
+    def beat(self) -> bool:
         self.beats += 1
+        return True
+
+    own = True
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done >= self.total
 
     def rewind(self, step: int) -> Record:
         if step % 2:

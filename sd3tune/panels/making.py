@@ -34,8 +34,11 @@ def prepared(config: RunConfig, data: str | Path) -> Generator[Record, None, Tra
     return make_trainer(config, builder.cache(records))
 
 
-def resumed(folder: str, cache: Cache | None, changes: dict[str, Any]) -> Trainer:
-    """The trainer of a run that goes on; called in the worker."""
+def resumed(folder: str, cache: Cache | None, changes: dict[str, Any]) -> Generator[Record, None, Trainer]:
+    """The trainer of a run that goes on, after the records of what it has done so far; called in the worker."""
+    from sd3tune.records import of_row
     from sd3tune.trainer import Trainer
 
-    return Trainer.resume(folder, cache, **changes)
+    trainer = Trainer.resume(folder, cache, **changes)
+    yield from (record for row in trainer.folder.read_history() if (record := of_row(row)) is not None)
+    return trainer

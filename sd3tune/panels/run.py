@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from sd3tune import live
 from sd3tune.config.reading import is_live
 from sd3tune.errors import ConfigError
+from sd3tune.following import attached
 from sd3tune.panels import codes, record, showing, taking
 from sd3tune.panels.base import Panel
 from sd3tune.panels.draft import Draft
@@ -88,9 +89,6 @@ class RunPanel(Panel):
     def press(self, name: str) -> None:
         """What a button does: ask the run, nothing else; a run does not start while something hinders it."""
         begins = name == "start" or (name == "go_on" and self.runner.snapshot.state in TERMINAL)
-        if begins and (hindrance := self.hindrance):
-            self.say(f"Not started: {hindrance}.", bad=True)
-            return
         self.say("")
         self._controls.asked(name, self.runner.snapshot.state)
         if name == "start":
@@ -107,9 +105,6 @@ class RunPanel(Panel):
 
     def start(self) -> None:
         """Start a run with the draft's settings, or attach to the one that is going on in the same folder; or say what hinders it."""
-        if hindrance := self.hindrance:
-            self.say(f"Not started: {hindrance}.", bad=True)
-            return
         self._begin(self._maker(self.config))
 
     @property
@@ -166,10 +161,12 @@ class RunPanel(Panel):
         return codes.run_code(self.config, data=self._data)
 
     def _begin(self, make: Callable[[], Made], settings: dict[str, Any] | None = None) -> None:
-        """Start, and tell the run of settings before its first update."""
+        """Start, and tell the run of settings before its first update; or say what hinders it."""
+        if hindrance := self.hindrance:
+            self.say(f"Not started: {hindrance}.", bad=True)
+            return
         if not self.runner.snapshot.live:
-            self.runner = Runner.attach(self._key, make)
-            self._told = 0
+            self.runner, self._told = Runner.attach(self._key, make), 0
         self.runner.start()
         if settings:
             self.runner.send("set", **settings)
@@ -179,10 +176,12 @@ class RunPanel(Panel):
     def _take_up(self) -> None:
         """What the newest run of this name is: shown, and gone on with if a person wants, when nobody runs it."""
         found = taking.newest_run(self._key)
-        if found is not None and taking.unfinished(found):
+        if found is not None and found.status == "running":
+            self._begin(lambda: attached(found.folder))
+        elif found is not None and taking.unfinished(found):
             self.runner = Runner(self._maker(self.config), key=str(self._key), left=taking.as_left(found))
             self._agreed = self.config
-        self.say(taking.in_words(found), bad=found is not None and found.status == "running")
+        self.say(taking.in_words(found))
 
     def _relieved(self, settings: dict[str, Any], goes_on: bool) -> None:
         """Try again with changed settings after the memory was too small."""

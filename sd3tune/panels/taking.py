@@ -92,7 +92,7 @@ def in_words(found: OpenedRun | None) -> str:
         return ""
     said = f"{found.path}: {found.state}."
     if found.status == "running":
-        return f"{said} st.open_run({str(found.path)!r}) shows it; Start begins another run beside it."
+        return f"{said} It is shown and steered from here, and does not end with this notebook. Another run needs another output_dir."
     if unfinished(found):
         return f"{said} Go on takes it up with the settings that it has, and with what you change from now on; Start begins another run."
     return said

@@ -1,0 +1,199 @@
+"""A run that goes on in another process: shown, steered and left again, from a second notebook or a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workbench
+from fresh import Fresh
+from test_runner import step_record
+
+import sd3tune as st
+from sd3tune import panels, snapshot
+from sd3tune.cli import main
+from sd3tune.run_folder import RunFolder
+from sd3tune.runner import Runner
+
+PATIENCE = 120
+LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpoint_step_interval": 1000, "validation_prompt": (), "num_eval_images": 2}
+LONG |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+
+RUN = """
+import sys, time
+import sd3tune as st
+from sd3tune.runner import Runner
+config = st.RunConfig.load(sys.argv[1])
+cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
+run = Runner(lambda: st.Trainer(config, cache))
+run.start()
+run.wait(until=lambda now: now.step >= 3)
+print("folder", run.snapshot.folder, flush=True)
+while run.snapshot.live:
+    time.sleep(0.05)
+print("ended", run.snapshot.state, flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+class Elsewhere:
+    """A kernel whose main thread is idle while its run goes on."""
+
+    def __init__(self, bench: Workbench, root: Path, **settings: Any) -> None:
+        self.config = bench.config(**{**LONG, **settings}, output_dir=str(root / "runs" / "there"))
+        self.config.save(root / "run.yaml")
+        (root / "kernel.py").write_text(RUN)
+        self.process = Fresh([str(root / "kernel.py"), str(root / "run.yaml"), str(bench.datasets)], root / "said")
+        self.process.until("folder ")
+        self.folder = RunFolder(root / "runs" / "there")
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.folder.read_history() if row["type"] == kind]
+
+
+@pytest.fixture
+def elsewhere(bench: Workbench, tmp_path: Path) -> Iterator[Callable[..., Elsewhere]]:
+    there: list[Elsewhere] = []
+
+    def begin(**settings: Any) -> Elsewhere:
+        there.append(Elsewhere(bench, tmp_path, **settings))
+        return there[-1]
+
+    yield begin
+    for one in there:
+        if one.process.poll() is None:
+            one.process.signal(signal.SIGKILL)
+            one.process.wait()
+
+
+def eventually(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_notebook_shows_and_steers_it(elsewhere: Callable[..., Elsewhere], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first update on, with the settings of now; what is asked for stands in the run's own history."""
+    monkeypatch.setattr("sd3tune.runner.BEAT", 0.1)
+    there = elsewhere()
+    panel = panels.TrainingPanel(there.config, None)
+    assert "still running in process" in panel.note.value
+    assert "It is shown and steered from here" in panel.note.value
+    now = panel.wait(PATIENCE, until=5)
+    assert (now.own, now.total_steps, now.folder) == (False, 100_000, str(there.folder.path))
+    assert now.evals[0] == (0, there.rows("eval")[0]["loss"])
+    assert [now.loss.stretches[0].first, now.count >= 5] == [1, True]
+    assert 0.0 < now.seconds_per_update_in_all < 10.0, "what it did before it was looked at took no time here"  # type: ignore[operator]
+    assert panels.TrainingPanel(there.config, None).runner is panel.runner, "the same cell again"
+    panel = panels.TrainingPanel(there.config, None)
+    panel.fields["learning_rate"].value = 2e-4
+    panel.wait(PATIENCE, until=lambda now: now.learning_rate == 2e-4)
+    panel.fields["max_train_steps"].value = "90000"
+    assert panel.wait(PATIENCE, until=lambda now: now.total_steps == 90_000).state == "training"
+    panel.runner.send("rewind", step=1)
+    panel.runner.send("look", work=lambda trainer: trainer.check(there.config))
+    panel.wait(PATIENCE, until=lambda now: now.refusals == 2)
+    assert "cannot lend its model" in panel.runner.snapshot.refused
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
+    eventually(lambda: [row["name"] for row in there.rows("command")][-1:] == ["pause"])
+    step = there.rows("step")[-1]["step"]
+    (there.folder.path / "PAUSE").unlink()  # somebody else lets it go on
+    panel.wait(PATIENCE, until=lambda now: now.state == "training" and now.step > step)
+    panel.press("save")
+    eventually(there.folder.checkpoints)
+    panel.press("stop")
+    now = panel.wait(PATIENCE)
+    there.process.until("ended stopped")
+    assert (now.state, now.step) == ("stopped", there.rows("step")[-1]["step"])
+    told = [(row["name"], row["value"]) for row in there.rows("command") if row["name"] == "set"]
+    assert told == [("set", {"learning_rate": 2e-4}), ("set", {"max_train_steps": 90_000})]
+    assert [kept.step for kept in st.open_run(there.folder.path).checkpoints][-1] == now.step
+    assert not panel.buttons["go_on"].disabled
+
+
+def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsewhere], tmp_path: Path) -> None:
+    """A script that attached ends, well and at once; then a run that is killed is said to be, and taken up here."""
+    there = elsewhere(checkpoint_step_interval=2)
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import sys\nimport sd3tune as st\nfrom sd3tune import panels\n"
+        "panel = panels.TrainingPanel(st.RunConfig.load(sys.argv[1]), None)\npanel.wait(60, until=5)\nprint(panel.runner.snapshot.state)\n"
+    )
+    looked = subprocess.run([sys.executable, script, tmp_path / "run.yaml"], capture_output=True, text=True, check=False, timeout=100)
+    assert (looked.returncode, looked.stdout) == (0, "training\n"), looked.stderr
+    step = there.rows("step")[-1]["step"]
+    eventually(lambda: there.rows("step")[-1]["step"] > step + 2)
+    assert there.rows("command") == []
+    panel = panels.TrainingPanel(there.config, None)
+    panel.wait(PATIENCE, until=step)
+    there.process.signal(signal.SIGKILL)
+    there.process.wait()
+    with pytest.raises(st.TrainingError, match="is gone without a word; its newest checkpoint can be gone on with"):
+        panel.wait(PATIENCE)
+    panel.refresh()
+    panel.press("go_on")
+    killed = there.rows("step")[-1]["step"]
+    now = panel.wait(PATIENCE, until=lambda now: now.own and now.step > killed)
+    assert now.began_at in (killed, killed - 1, killed - 2)
+    panel.press("stop")
+    assert panel.wait(PATIENCE).state == "stopped"
+
+
+def test_a_run_that_ends_there_has_ended_here(
+    bench: Workbench, elsewhere: Callable[..., Elsewhere], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finished is not stopped, whoever asked for it; a terminal sees the same, and says what a finished run is."""
+    there = elsewhere(max_train_steps=40)
+    run = ["attach", str(there.folder.path)]
+    panel = panels.TrainingPanel(there.config, None)
+    assert main(run) == 0
+    said = capsys.readouterr().out
+    assert "still running in process" in said
+    assert "files in its folder steer it: STOP, PAUSE, SET, SAVE, SAMPLE" in said
+    assert "step 40: loss on 2 held-out images" in said
+    assert said.rstrip().endswith("finished after 40 updates")
+    assert panel.wait(PATIENCE).state == "finished"
+    assert main(run) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["finished after 40 updates"]
+    assert main(["attach", str(bench.root)]) == 1
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_a_file_that_stops_a_run_of_this_kernel_stops_it_and_does_not_finish_it(bench: Workbench) -> None:
+    trainer = bench.trainer(**LONG)
+    runner = Runner(trainer)
+    runner.start()
+    runner.wait(PATIENCE, until=2)
+    runner.send("set", max_train_steps=50_000)
+    assert runner.wait(PATIENCE, until=lambda now: now.total_steps == 50_000).live
+    (trainer.folder.path / "STOP").write_text("")
+    assert runner.wait(PATIENCE).state == "stopped"
+
+
+def test_time_counts_from_where_a_run_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("sd3tune.snapshot.time.monotonic", lambda: clock[0])
+    gauges = snapshot.Gauges()
+
+    def take(step: int) -> dict[str, Any]:
+        return gauges.take(dataclasses.replace(step_record(step, 1e-4), seconds=2.0))
+
+    for step in (1, 2, 3):
+        take(step)
+    gauges.begin()
+    clock[0] = 100.0
+    take(4)
+    clock[0] = 104.0
+    seen = take(6)
+    assert (seen["count"], len(seen["loss"].stretches)) == (5, 5)
+    assert (seen["seconds_per_update_in_all"], seen["seconds"]) == (2.0, 6.0)

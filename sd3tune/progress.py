@@ -78,8 +78,8 @@ def _in_terminal(trainer: Going, n: int | None) -> Generator[Record, None, None]
     from tqdm import tqdm
 
     line = Line(trainer)
-    left = trainer.total - trainer.steps_done
-    with tqdm(total=left if n is None else min(n, left), desc="training", unit="update") as bar:
+    begun, total = (trainer.steps_done, trainer.total) if n is None else (0, min(n, trainer.total - trainer.steps_done))
+    with tqdm(total=total, initial=begun, desc="training", unit="update") as bar:
         for record in trainer.run(n):
             line.read(record)
             if isinstance(record, StepRecord):

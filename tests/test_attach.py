@@ -157,7 +157,8 @@ def test_a_run_that_ends_there_has_ended_here(
     run = ["attach", str(there.folder.path)]
     panel = panels.TrainingPanel(there.config, None)
     assert main(run) == 0
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
+    assert "40/40" in bar, "of all updates, not of those that were seen"
     assert "still running in process" in said
     assert "files in its folder steer it: STOP, PAUSE, SET, SAVE, SAMPLE" in said
     assert "step 40: loss on 2 held-out images" in said

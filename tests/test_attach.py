@@ -7,18 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Workbench
 from fresh import Fresh
-from test_runner import step_record
+from test_runner import FakeTrainer, step_record
 
 import sd3tune as st
 from sd3tune import panels, snapshot
 from sd3tune.cli import main
+from sd3tune.records import CheckpointRecord, Record
 from sd3tune.run_folder import RunFolder
 from sd3tune.runner import Runner
 
@@ -179,6 +180,24 @@ def test_a_file_that_stops_a_run_of_this_kernel_stops_it_and_does_not_finish_it(
     assert runner.wait(PATIENCE, until=lambda now: now.total_steps == 50_000).live
     (trainer.folder.path / "STOP").write_text("")
     assert runner.wait(PATIENCE).state == "stopped"
+
+
+def test_what_was_written_before_is_in_the_curves_and_not_in_the_pace_or_the_log(tmp_path: Path) -> None:
+    fake = FakeTrainer(tmp_path, steps=1003, seconds=0.05)
+
+    def make() -> Generator[Record, None, FakeTrainer]:
+        for step in range(1, 1001):
+            yield step_record(step, 1e-4)
+        yield CheckpointRecord(step=1000, path="long ago", tensors=1)
+        fake.steps_done = 1000
+        return fake
+
+    runner = Runner(make)
+    runner.start()
+    now = runner.wait(PATIENCE)
+    assert (now.count, now.loss.stretches[0].first, now.began_at) == (1003, 1, 1000)
+    assert now.seconds_per_update_in_all > 0.04  # type: ignore[operator]
+    assert not [line for line in now.log if "long ago" in line]
 
 
 def test_time_counts_from_where_a_run_is_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:

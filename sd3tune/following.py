@@ -63,6 +63,8 @@ class Followed:
     def run(self) -> Iterator[Record]:
         """The records as they are written, and a `WaitRecord` while there is none, so that it can be steered then, too."""
         for record in self._written.pulse():
+            if isinstance(record, CommandRecord) and record.name == "set":  # taken or refused, whoever asked for it
+                self.config = as_set(self.folder)
             yield record or WaitRecord(step=self.steps_done, why="")
 
     def set(self, **settings: Any) -> CommandRecord:
@@ -98,15 +100,23 @@ class Followed:
             self._written.stop()
             (self.folder.path / "PAUSE").unlink(missing_ok=True)
             self._written.wait()
+            (self.folder.path / "STOP").unlink(missing_ok=True)  # where it came too late
         return CommandRecord(step=self.steps_done, name=name)
 
     def check(self, config: RunConfig) -> None:
         """Raises: TrainingError: nobody here can draw with its model."""
         raise TrainingError("a run in another process cannot lend its model; draw where it runs, or from its checkpoints: sd3tune grid")
 
+    @property
+    def held(self) -> bool:
+        """Whether a file PAUSE holds it, whoever wrote that."""
+        return (self.folder.path / "PAUSE").exists() and self._written.running
+
     def beat(self) -> bool:
-        """Whether its pause still holds; signs of life it gives by itself."""
-        return (self.folder.path / "PAUSE").exists()
+        """Whether its pause still holds; signs of life it gives by itself. A pause of a run that is over would only hold the next one."""
+        if not self._written.running:
+            (self.folder.path / "PAUSE").unlink(missing_ok=True)
+        return self.held
 
     def parting(self) -> Iterator[Record]:
         """What the run wrote before it ended, such as what has become of its copies."""

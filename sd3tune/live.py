@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from sd3tune.control import TerminatedError
 from sd3tune.errors import Sd3TuneError
@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from sd3tune.runner import Runner
 
 _LIVE: WeakValueDictionary[str, Runner] = WeakValueDictionary()
-_THREADS: WeakSet[threading.Thread] = WeakSet()
-_REGISTER = threading.RLock()
+_THREADS: WeakKeyDictionary[threading.Thread, Runner] = WeakKeyDictionary()
+_REGISTER, _ENDING = threading.RLock(), threading.Event()
+
+LEAVE = 1.0
+"""Seconds that a thread has to leave a run of another process when Python ends."""
+
+
+def ending() -> bool:
+    """Whether Python is about to end."""
+    return _ENDING.is_set()
 
 
 def found(key: str) -> Runner | None:
@@ -48,32 +56,39 @@ def saved_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, _save_and_end)
 
 
-def thread(name: str, target: Callable[..., None], *args: Any) -> None:
-    """Start a thread of a run. Python waits for it when it ends, once all runs are saved."""
+def thread(runner: Runner, name: str, target: Callable[..., None], *args: Any) -> None:
+    """Start a thread of a run. When Python ends, it waits for those of its own runs, once these are saved."""
+    started = threading.Thread(target=target, args=args, name=name, daemon=True)
     with _REGISTER:
-        _THREADS.add(started := threading.Thread(target=target, args=args, name=name, daemon=True))
+        _THREADS[started] = runner
     started.start()
 
 
+def saved_first() -> None:
+    """Let the runs be saved, when Python ends, before what they report to is closed: what was registered last comes first."""
+    atexit.unregister(_end)
+    atexit.register(_end)
+
+
 def _save_all() -> None:
-    going_on = [runner for runner in list(_LIVE.values()) if runner.snapshot.live]
+    going_on = [runner for runner in list(_LIVE.values()) if runner.snapshot.live and runner.snapshot.own]
     for runner in going_on:
-        runner.send("stop", ours=True)
+        runner.send("stop")
     for runner in going_on:
         with suppress(Sd3TuneError):  # it has ended by itself, and the run folder says how
             runner.wait()
 
 
-@atexit.register
 def _end() -> None:
-    """A kernel that is restarted, or a script that is through, does not cut its runs off.
+    """A kernel that is restarted, or a script that is through, does not cut its runs off; those of other processes are left alone.
 
     The threads are daemons all the same: Python would wait for others before it comes here. One that is left in torch or in a chart while
     Python is taken down aborts the process.
     """
+    _ENDING.set()
     _save_all()
-    for one in list(_THREADS):
-        one.join()
+    for one, runner in list(_THREADS.items()):
+        one.join(None if runner.snapshot.own else LEAVE)
 
 
 def _save_and_end(number: int, frame: FrameType | None) -> None:

@@ -53,9 +53,14 @@ class Holder:
         return _is_there(self.pid) and self.began == _began(self.pid)
 
     @property
+    def here(self) -> bool:
+        """Whether it is this very process."""
+        return self.machine == _machine() and self.pid == os.getpid()
+
+    @property
     def busy(self) -> bool:
         """Whether it may write: not when it is this very thread, which does something else just now."""
-        if not self.alive or self.machine != _machine() or self.pid != os.getpid():
+        if not self.alive or not self.here:
             return self.alive
         return self.thread != threading.get_ident() and any(one.ident == self.thread for one in threading.enumerate())
 
@@ -174,7 +179,7 @@ class Lock:
 
 def refusal(folder: Path, found: Holder) -> str:
     """Why a run cannot be gone on with here."""
-    if found.machine == _machine() and found.pid == os.getpid():
+    if found.here:
         return f"{folder}: this run goes on in another thread of this very process, {found}; use its panel or runner"
     return (
         f"{folder}: {found} is running this run (last sign of life {duration(found.age)} ago); let it end, or stop it there or "

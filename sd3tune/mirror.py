@@ -39,7 +39,13 @@ class Mirror:
 
     def copy(self, what: str, paths: Sequence[Path], keep: Sequence[str] = ()) -> None:
         """Copy files in the order given, read them back, then remove checkpoints that are not in ``keep`` any more."""
-        self._jobs.append(self._pool.submit(self._copied, what, list(paths), list(keep)))
+        given = what, list(paths), list(keep)
+        try:
+            job = self._pool.submit(self._copied, *given)
+        except RuntimeError:  # Python is being taken down, and lends no thread any more
+            job = Future()
+            job.set_result(self._copied(*given))
+        self._jobs.append(job)
 
     def news(self, *, wait: bool = False) -> list[str]:
         """What has become of the copies since the last call; with ``wait``, of all of them."""

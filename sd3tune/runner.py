@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sd3tune import live
-from sd3tune.curves import EMPTY
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
 from sd3tune.inbox import Command, Inbox
-from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, StepRecord
+from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, SegmentRecord, StepRecord
 from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, in_words, kept, reached
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ class Runner:
         self._put(state="preparing", message="loading the model")
         live.saved_on_sigterm()
         make, self._make = self._make, None
-        live.thread("sd3tune-trainer", self._main, make)
+        live.thread(self, "sd3tune-trainer", self._main, make)
 
     def _main(self, make: Callable[[], Made] | Trainer) -> None:
         trainer: Trainer | None = None
@@ -156,6 +155,7 @@ class Runner:
         )  # fmt: skip
         self._note(f"run folder {trainer.folder.path}")
         self._gauges.begin()
+        live.saved_first()
         self._obey(trainer)
         if self._snapshot.state == "preparing":
             self._put(state="training")
@@ -165,10 +165,10 @@ class Runner:
             if record is None:
                 return "finished" if trainer.done else "stopped"
             self._take(record)
-            state = "validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training"
-            self._put(state=state, total_steps=trainer.total)
+            state = "paused" if trainer.held else "validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training"
+            self._put(state=state, total_steps=trainer.total, config=trainer.config)
             self._obey(trainer)
-        return "stopped"
+        return "finished" if trainer.done and not trainer.own else "stopped"
 
     def _obey(self, trainer: Trainer) -> None:
         """Do all that was asked since the last record; stay here while paused."""
@@ -210,11 +210,10 @@ class Runner:
             self._rewind(trainer, **command.values)
         elif name == "stop":
             self._put(state="stopping", message="saving")
-            if trainer.own or not command.values.get("ours"):  # what ends with this process
-                self._save(trainer)
-                trainer.note(name)
-                for record in trainer.parting():
-                    self._take(record)
+            self._save(trainer)
+            trainer.note(name)
+            for record in trainer.parting():
+                self._take(record)
         else:
             trainer.note(name)
             self._note(f"{name.replace('_', ' ')}, by you")
@@ -231,12 +230,8 @@ class Runner:
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
         self._take(trainer.rewind(step))
-        self._gauges, now = Gauges(self._gauges.began), self._snapshot
-        self._put(
-            step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", verdict="", seconds_per_update=None,
-            evals=tuple(one for one in now.evals if one[0] <= step), steering=kept(now.steering, step, trainer.config),
-            loss=EMPTY, rates=EMPTY, grad_norms=EMPTY, bands=(),
-        )  # fmt: skip
+        steering = kept(self._snapshot.steering, step, trainer.config)
+        self._put(step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", steering=steering)
         self._note(f"back to step {trainer.steps_done}, by you; what was left is a checkpoint that stays")
 
     def _set(self, command: Command, trainer: Trainer) -> None:
@@ -252,8 +247,9 @@ class Runner:
             self._refuse(command, record.refused)
             return
         self._note(f"{in_words(command.values)}, by you")
-        steering = (*self._snapshot.steering, (trainer.steps_done, dict(command.values)))
-        self._put(config=trainer.config, total_steps=trainer.total, refused="", steering=steering)
+        self._put(config=trainer.config, total_steps=trainer.total, refused="")
+        if trainer.own:  # what another process takes over is a record of it
+            self._put(steering=(*self._snapshot.steering, (trainer.steps_done, dict(command.values))))
 
     def _save(self, trainer: Trainer) -> None:
         self._note(f"checkpoint {trainer.checkpoint().path}")
@@ -276,6 +272,8 @@ class Runner:
         """Put a record into the snapshot."""
         if isinstance(record, StepRecord):
             self._put(**self._gauges.take(record))
+        if isinstance(record, SegmentRecord) and self._snapshot.state != "preparing":
+            self._gauges = Gauges(self._gauges.began)
         changes, text = after(self._snapshot, record)
         self._put(**changes)
         if text and (self._snapshot.state != "preparing" or isinstance(record, CacheRecord)):  # what lies before has its time in the log

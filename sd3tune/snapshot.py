@@ -198,11 +198,23 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     if isinstance(record, CheckpointRecord):
         return {}, f"saved {record.path}"
     if isinstance(record, SegmentRecord):
-        return {"went_back": now.went_back + 1}, ""
+        return _back(now, record), ""
     if isinstance(record, CommandRecord):
-        said = f"{record.name}: not done: {record.refused}" if record.refused else ""
-        return {"message": "paused where it runs"} if record.name == "pause" and not now.own else {}, said
+        if record.refused:
+            return {}, f"{record.name}: not done: {record.refused}"
+        if record.name == "set" and isinstance(record.value, Mapping):
+            return {"steering": (*now.steering, (record.step, dict(record.value)))}, ""
+        return {"message": "paused where it runs"} if record.name == "pause" and not now.own else {}, ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""
+
+
+def _back(now: Snapshot, record: SegmentRecord) -> dict[str, Any]:
+    """The run goes on from an earlier step; what was read of a history lacks the lines already that this leaves behind."""
+    again: dict[str, Any] = {"went_back": now.went_back + 1}
+    if now.state != "preparing":
+        again |= {"verdict": "", "seconds_per_update": None, "loss": EMPTY, "rates": EMPTY, "grad_norms": EMPTY, "bands": ()}
+        again |= {"step": record.from_step, "evals": tuple(one for one in now.evals if one[0] <= record.from_step)}
+    return again
 
 
 def said_of(record: ScoreRecord) -> str:

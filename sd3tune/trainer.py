@@ -124,6 +124,8 @@ class Trainer:
 
     own = True
     """Whether the run ends with this process (`following.Followed` stands for one that does not)."""
+    held = False
+    """Whether somebody else has paused it."""
 
     @property
     def done(self) -> bool:
@@ -491,12 +493,12 @@ class Trainer:
         yield from builder
 
     def beat(self) -> bool:
-        """Say that this run is still held while it waits, which it does for as long as this is true.
+        """Say that this run is still held while it waits, which it does for as long as this is true: until there is a file STOP.
 
         Raises: TrainingError when another process has taken it over.
         """
         self._saver.beat()
-        return True
+        return "STOP" not in control.asked(self.folder.path)
 
     def note(self, name: str) -> CommandRecord:
         """Write a command that changes nothing here (pause, go on, stop) to the history."""

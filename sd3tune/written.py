@@ -17,6 +17,9 @@ from sd3tune.run_folder import RunFolder
 POLL = 0.25
 """Seconds between two looks at a history."""
 
+LOOKS = 3
+"""So often in a row a run has to be seen to be over: one that is taken up changes hands."""
+
 
 class Written:
     """A run in another process, read from its folder: iterate over its records, ``stop`` it, ``wait`` for it. It outlives this one.
@@ -50,7 +53,7 @@ class Written:
         return rows
 
     def run(self, n: int | None = None) -> Iterator[Record]:
-        """Every record as it is written (up to ``n`` updates), until the run ends. Raises: TrainingError when it fails."""
+        """Every record as it is written (up to ``n`` updates), until the run ends. Raises: as ``wait``."""
         last = None if n is None else self.steps_done + n
         pulse = self.pulse()
         while last is None or self.steps_done < last:
@@ -63,18 +66,21 @@ class Written:
 
     def pulse(self) -> Iterator[Record | None]:
         """The same, and nothing now and then while there is nothing new."""
+        gone = 0
         while True:
-            over = not self.running
+            gone = 0 if self.running else gone + 1
             self._waiting += self._written()
             while self._waiting:
                 row = self._waiting.popleft()
                 record = of_row(row)
                 if isinstance(record, (StepRecord, SegmentRecord)):
                     self.steps_done = record.step
+                if isinstance(record, SegmentRecord):  # it goes on with the length that it had there
+                    self.total = record.live.get("max_train_steps") or self.total
                 self.total = length_of([row], self.total)
                 if record is not None:
                     yield record
-            if over:
+            if gone == LOOKS:
                 self.wait()
                 return
             time.sleep(POLL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from test_runner import FakeTrainer, step_record
 import sd3tune as st
 from sd3tune import panels, snapshot
 from sd3tune.cli import main
-from sd3tune.records import CheckpointRecord, Record
+from sd3tune.curves import EMPTY, Curve
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord
 from sd3tune.run_folder import RunFolder
 from sd3tune.runner import Runner
+from sd3tune.written import Written
 
 PATIENCE = 120
 LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpoint_step_interval": 1000, "validation_prompt": (), "num_eval_images": 2}
@@ -31,6 +34,7 @@ RUN = """
 import sys, time
 import sd3tune as st
 from sd3tune.runner import Runner
+from sd3tune.written import Written
 config = st.RunConfig.load(sys.argv[1])
 cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
 run = Runner(lambda: st.Trainer(config, cache))
@@ -75,6 +79,11 @@ def elsewhere(bench: Workbench, tmp_path: Path) -> Iterator[Callable[..., Elsewh
             one.process.wait()
 
 
+def there_from(step: int) -> Callable[[snapshot.Snapshot], bool]:
+    """Attached, and not before a step."""
+    return lambda now: not now.own and now.step >= step
+
+
 def eventually(what: Callable[[], object]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not what():
@@ -89,7 +98,7 @@ def test_a_second_notebook_shows_and_steers_it(elsewhere: Callable[..., Elsewher
     panel = panels.TrainingPanel(there.config, None)
     assert "still running in process" in panel.note.value
     assert "It is shown and steered from here" in panel.note.value
-    now = panel.wait(PATIENCE, until=5)
+    now = panel.wait(PATIENCE, until=there_from(5))
     assert (now.own, now.total_steps, now.folder) == (False, 100_000, str(there.folder.path))
     assert now.evals[0] == (0, there.rows("eval")[0]["loss"])
     assert [now.loss.stretches[0].first, now.count >= 5] == [1, True]
@@ -108,8 +117,14 @@ def test_a_second_notebook_shows_and_steers_it(elsewhere: Callable[..., Elsewher
     panel.wait(PATIENCE, until="paused")
     eventually(lambda: [row["name"] for row in there.rows("command")][-1:] == ["pause"])
     step = there.rows("step")[-1]["step"]
-    (there.folder.path / "PAUSE").unlink()  # somebody else lets it go on
-    panel.wait(PATIENCE, until=lambda now: now.state == "training" and now.step > step)
+    (there.folder.path / "PAUSE").unlink()  # somebody else lets it go on, and changes something
+    (there.folder.path / "SET").write_text("learning_rate: 3e-4")
+    panel.wait(PATIENCE, until=lambda now: now.state == "training" and now.step > step and now.learning_rate == 3e-4)
+    assert panel.fields["learning_rate"].value == 3e-4
+    (there.folder.path / "PAUSE").write_text("")
+    panel.wait(PATIENCE, until="paused")
+    panel.press("go_on")
+    panel.wait(PATIENCE, until="training")
     panel.press("save")
     eventually(there.folder.checkpoints)
     panel.press("stop")
@@ -117,7 +132,8 @@ def test_a_second_notebook_shows_and_steers_it(elsewhere: Callable[..., Elsewher
     there.process.until("ended stopped")
     assert (now.state, now.step) == ("stopped", there.rows("step")[-1]["step"])
     told = [(row["name"], row["value"]) for row in there.rows("command") if row["name"] == "set"]
-    assert told == [("set", {"learning_rate": 2e-4}), ("set", {"max_train_steps": 90_000})]
+    assert told == [("set", {"learning_rate": 2e-4}), ("set", {"max_train_steps": 90_000}), ("set", {"learning_rate": 3e-4})]
+    assert [settings for _, settings in now.steering] == [value for _, value in told]
     assert [kept.step for kept in st.open_run(there.folder.path).checkpoints][-1] == now.step
     assert not panel.buttons["go_on"].disabled
 
@@ -128,7 +144,8 @@ def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsew
     script = tmp_path / "look.py"
     script.write_text(
         "import sys\nimport sd3tune as st\nfrom sd3tune import panels\n"
-        "panel = panels.TrainingPanel(st.RunConfig.load(sys.argv[1]), None)\npanel.wait(60, until=5)\nprint(panel.runner.snapshot.state)\n"
+        "panel = panels.TrainingPanel(st.RunConfig.load(sys.argv[1]), None)\n"
+        "panel.wait(60, until=lambda now: not now.own and now.step > 4)\nprint(panel.runner.snapshot.state)\n"
     )
     looked = subprocess.run([sys.executable, script, tmp_path / "run.yaml"], capture_output=True, text=True, check=False, timeout=100)
     assert (looked.returncode, looked.stdout) == (0, "training\n"), looked.stderr
@@ -136,13 +153,16 @@ def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsew
     eventually(lambda: there.rows("step")[-1]["step"] > step + 2)
     assert there.rows("command") == []
     panel = panels.TrainingPanel(there.config, None)
-    panel.wait(PATIENCE, until=step)
+    panel.wait(PATIENCE, until=there_from(step))
+    panel.press("pause")
+    panel.wait(PATIENCE, until="paused")
     there.process.signal(signal.SIGKILL)
     there.process.wait()
     with pytest.raises(st.TrainingError, match="is gone without a word; its newest checkpoint can be gone on with"):
         panel.wait(PATIENCE)
     panel.refresh()
     panel.press("go_on")
+    assert not (there.folder.path / "PAUSE").exists()
     killed = there.rows("step")[-1]["step"]
     now = panel.wait(PATIENCE, until=lambda now: now.own and now.step > killed)
     assert now.began_at in (killed, killed - 1, killed - 2)
@@ -169,6 +189,53 @@ def test_a_run_that_ends_there_has_ended_here(
     assert capsys.readouterr().out.splitlines()[1:] == ["finished after 40 updates"]
     assert main(["attach", str(bench.root)]) == 1
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_a_run_of_this_very_process_is_named_and_not_attached_to(bench: Workbench) -> None:
+    """Its loop stands still in another cell, and holds the folder."""
+    trainer = bench.trainer(**LONG)
+    records = trainer.run()
+    next(records)
+    panel = panels.TrainingPanel(trainer.config, None)
+    assert "Start begins another run beside it" in panel.note.value
+    assert panel.runner.snapshot.state == "idle"
+    records.close()
+
+
+def test_a_run_that_is_paused_here_can_be_stopped_from_elsewhere(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3tune.runner.BEAT", 0.1)
+    trainer = bench.trainer(**LONG)
+    runner = Runner(trainer)
+    runner.start()
+    runner.wait(PATIENCE, until=2)
+    runner.send("pause")
+    runner.wait(PATIENCE, until="paused")
+    (trainer.folder.path / "STOP").write_text("")
+    assert runner.wait(PATIENCE).state == "stopped"
+    assert trainer.folder.checkpoints()
+
+
+def test_a_run_that_goes_back_goes_back_on_its_second_screen(tmp_path: Path) -> None:
+    """Updates of which a later one takes the place are no longer shown, and the length is that of the checkpoint."""
+    folder = RunFolder(tmp_path)
+
+    def write(*records: Record) -> None:
+        with folder.history.open("a") as file:
+            file.writelines(json.dumps({**record.as_dict(), "segment": 0}) + "\n" for record in records)
+
+    write(*(step_record(step, 1e-4) for step in (1, 2, 3, 4)), CommandRecord(step=4, name="set", value={"max_train_steps": 50}))
+    written = Written(folder, updates=100)
+    assert (len(written.so_far()), written.steps_done, written.total) == (5, 4, 50)
+    write(SegmentRecord(step=2, from_step=2, parent=0, why="rewind", live={"max_train_steps": 100}))
+    (back,) = written.run()
+    assert (written.steps_done, written.total) == (2, 100)
+    seen = snapshot.Snapshot(state="training", step=4, evals=((0, 1.0), (2, 0.9), (4, 0.8)), loss=Curve(latest=(4, 0.5)))
+    changes, _ = snapshot.after(seen, back)
+    now = dataclasses.replace(seen, **changes)
+    assert (now.step, now.evals, now.loss, now.went_back) == (2, ((0, 1.0), (2, 0.9)), EMPTY, 1)
+    read = dataclasses.replace(seen, state="preparing")
+    changes, _ = snapshot.after(read, back)
+    assert dataclasses.replace(read, **changes) == dataclasses.replace(read, went_back=1), "the history lacks those lines already"
 
 
 def test_a_file_that_stops_a_run_of_this_kernel_stops_it_and_does_not_finish_it(bench: Workbench) -> None:

@@ -292,11 +292,11 @@ def test_sigterm_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> N
 def test_a_script_that_is_through_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> None:
     """So does a kernel that is restarted. What draws the run's last chart is waited for, too: cut off, it would abort the process."""
     config = tmp_path / "run.yaml"
-    bench.config(**{**PLAIN, "max_train_steps": 100_000}).save(config)
+    bench.config(**{**PLAIN, "max_train_steps": 100_000, "mirror_to": str(tmp_path / "away")}).save(config)
     script = tmp_path / "panel.py"
     script.write_text(
         PANEL_RUN.partition("while True:")[0] + "from sd3tune import live\n"
-        "live.thread('late', lambda: run.wait() and time.sleep(0.5) or print('drawn when', run.snapshot.state))\n"
+        "live.thread(run, 'late', lambda: run.wait() and time.sleep(0.5) or print('drawn when', run.snapshot.state))\n"
     )
     ended = subprocess.run([sys.executable, script, config, bench.datasets], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -304,6 +304,9 @@ def test_a_script_that_is_through_saves_the_run_of_a_panel(bench: Workbench, tmp
     opened = st.open_run(Path(ended.stdout.split("folder ", 1)[1].splitlines()[0]))
     steps = [row["step"] for row in opened.history if row["type"] == "step"]
     assert [kept.step for kept in opened.checkpoints] == [steps[-1]]
+    assert opened.commands[-1].name == "stop"
+    assert any(row.get("text", "").startswith(f"step {steps[-1]} is whole at {tmp_path / 'away'}") for row in opened.history)
+    assert (opened.path / f"lora-step-{steps[-1]:06d}.safetensors").is_file()
 
 
 def test_sigterm_in_an_update_comes_through_also_where_a_panel_has_run(bench: Workbench) -> None:

@@ -67,7 +67,7 @@ class FakeTrainer:
         self.beats += 1
         return True
 
-    own = True
+    own, held = True, False
 
     @property
     def done(self) -> bool:

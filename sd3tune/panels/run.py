@@ -176,7 +176,7 @@ class RunPanel(Panel):
     def _take_up(self) -> None:
         """What the newest run of this name is: shown, and gone on with if a person wants, when nobody runs it."""
         found = taking.newest_run(self._key)
-        if found is not None and found.status == "running":
+        if found is not None and taking.elsewhere(found):
             self._begin(lambda: attached(found.folder))
         elif found is not None and taking.unfinished(found):
             self.runner = Runner(self._maker(self.config), key=str(self._key), left=taking.as_left(found))
@@ -220,13 +220,13 @@ class RunPanel(Panel):
         """Copy the snapshot into the widgets until the run ends or a newer panel shows it."""
         self.spending.take_over(self.runner.viewer)
         self.runner.viewer, self._agreed, self.draft.live = self, self.config, True
-        live.thread("sd3tune-panel", self._pump, self.runner)
+        live.thread(self.runner, "sd3tune-panel", self._pump, self.runner)
 
     def _pump(self, runner: Runner) -> None:
-        while runner is self.runner and runner.viewer is self and runner.snapshot.live:
+        while runner is self.runner and runner.viewer is self and runner.snapshot.live and (runner.snapshot.own or not live.ending()):
             self.refresh()
             time.sleep(TICK)
-        if runner is self.runner and runner.viewer is self:
+        if runner is self.runner and runner.viewer is self and not runner.snapshot.live:
             self.refresh()
             self._show_record(record.report(runner.snapshot, self.code(), self.diff()))
         elif runner.viewer is not self:

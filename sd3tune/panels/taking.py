@@ -67,6 +67,11 @@ def newest_run(wanted: Path) -> OpenedRun | None:
         return None
 
 
+def elsewhere(found: OpenedRun | None) -> bool:
+    """Whether another process is running it."""
+    return found is not None and found.status == "running" and found.holder is not None and not found.holder.here
+
+
 def unfinished(found: OpenedRun | None) -> bool:
     """Whether a run can be gone on with that nobody runs."""
     return found is not None and found.status in ("stopped", "lost") and bool(found.checkpoints)
@@ -91,6 +96,8 @@ def in_words(found: OpenedRun | None) -> str:
     if found is None or found.status in ("finished", "not begun"):
         return ""
     said = f"{found.path}: {found.state}."
+    if found.status == "running" and not elsewhere(found):
+        return f"{said} st.open_run({str(found.path)!r}) shows it; Start begins another run beside it."
     if found.status == "running":
         return f"{said} It is shown and steered from here, and does not end with this notebook. Another run needs another output_dir."
     if unfinished(found):

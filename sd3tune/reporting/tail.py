@@ -148,7 +148,11 @@ class Tail:
     def _wake(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"sd3tune-{self._sender.name}", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # Python is being taken down, and starts no thread any more
+                self._waiting.clear()
+                self._thread, self._finished, self._deadline = None, True, time.monotonic()
         self._changed.notify_all()
 
     def _make_room(self) -> None:

@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from sd3tune.control import FILES
 from sd3tune.errors import ConfigError, Sd3TuneError
 from sd3tune.listing import newest_of
 from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, Record
+from sd3tune.snapshot import in_words
 
 if TYPE_CHECKING:
     from sd3tune.data import Plan
@@ -134,6 +136,9 @@ def told(record: Record) -> list[str]:
         return [f"loss on {record.images} held-out images {record.loss:.4f}{beside}", *filter(None, [record.verdict])]
     if isinstance(record, CheckpointRecord):
         return [f"saved {record.path}"]
+    if isinstance(record, CommandRecord):
+        asked = f"{record.name} {in_words(record.value)}" if isinstance(record.value, Mapping) else record.name
+        return [f"{asked}: not done: {record.refused}" if record.refused else asked]
     return [record.text] if isinstance(record, NoticeRecord) and record.step else []
 
 
@@ -153,8 +158,7 @@ def attach(options: argparse.Namespace) -> int:
     written.so_far()
     try:
         for record in progress(written):
-            asked = isinstance(record, CommandRecord)
-            for said in [str(record)] if asked else told(record):
+            for said in told(record):
                 tqdm.write(f"step {record.step}: {said}")
     except KeyboardInterrupt:
         print()

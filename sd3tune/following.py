@@ -110,7 +110,7 @@ class Followed:
     @property
     def held(self) -> bool:
         """Whether a file PAUSE holds it, whoever wrote that."""
-        return (self.folder.path / "PAUSE").exists() and self._written.running
+        return (self.folder.path / "PAUSE").exists()
 
     def beat(self) -> bool:
         """Whether its pause still holds; signs of life it gives by itself. A pause of a run that is over would only hold the next one."""

@@ -61,6 +61,7 @@ def thread(runner: Runner, name: str, target: Callable[..., None], *args: Any) -
     started = threading.Thread(target=target, args=args, name=name, daemon=True)
     with _REGISTER:
         _THREADS[started] = runner
+        saved_first()
     started.start()
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -174,19 +175,21 @@ def test_a_run_that_ends_there_has_ended_here(
     bench: Workbench, elsewhere: Callable[..., Elsewhere], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Finished is not stopped, whoever asked for it; a terminal sees the same, and says what a finished run is."""
-    there = elsewhere(max_train_steps=40)
+    there = elsewhere(max_train_steps=200)
     run = ["attach", str(there.folder.path)]
     panel = panels.TrainingPanel(there.config, None)
+    threading.Timer(0.5, lambda: (there.folder.path / "SET").write_text("learning_rate: 3e-4")).start()
     assert main(run) == 0
     said, bar = capsys.readouterr()
-    assert "40/40" in bar, "of all updates, not of those that were seen"
+    assert "200/200" in bar, "of all updates, not of those that were seen"
     assert "still running in process" in said
     assert "files in its folder steer it: STOP, PAUSE, SET, SAVE, SAMPLE" in said
-    assert "step 40: loss on 2 held-out images" in said
-    assert said.rstrip().endswith("finished after 40 updates")
+    assert ": set learning_rate = 0.0003\n" in said
+    assert "step 200: loss on 2 held-out images" in said
+    assert said.rstrip().endswith("finished after 200 updates")
     assert panel.wait(PATIENCE).state == "finished"
     assert main(run) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["finished after 40 updates"]
+    assert capsys.readouterr().out.splitlines()[1:] == ["finished after 200 updates"]
     assert main(["attach", str(bench.root)]) == 1
     assert "not a run folder" in capsys.readouterr().err
 

@@ -202,7 +202,8 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
     if isinstance(record, CommandRecord):
         if record.refused:
             return {}, f"{record.name}: not done: {record.refused}"
-        if record.name == "set" and isinstance(record.value, Mapping):
+        taken_up = not now.own or now.state == "preparing"  # what is asked of a run of our own is known before it is a record
+        if record.name == "set" and taken_up and isinstance(record.value, Mapping):
             return {"steering": (*now.steering, (record.step, dict(record.value)))}, ""
         return {"message": "paused where it runs"} if record.name == "pause" and not now.own else {}, ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""

@@ -137,6 +137,8 @@ def test_a_second_notebook_shows_and_steers_it(elsewhere: Callable[..., Elsewher
     assert [settings for _, settings in now.steering] == [value for _, value in told]
     assert [kept.step for kept in st.open_run(there.folder.path).checkpoints][-1] == now.step
     assert not panel.buttons["go_on"].disabled
+    assert f"st.replay({str(there.folder.path)!r})" in panel.code()
+    assert "changed on the way: step" in panel.changed.value
 
 
 def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsewhere], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from conftest import Workbench
 from fresh import Fresh
 from test_keeping import PLAIN, drive, steps_of
 from test_trainer import same_state, updates
+from test_webhooks import Server
 
 import sd3tune as st
 from sd3tune import keeping
@@ -290,21 +291,30 @@ def test_sigterm_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> N
 
 
 def test_a_script_that_is_through_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> None:
-    """So does a kernel that is restarted. What draws the run's last chart is waited for, too: cut off, it would abort the process."""
+    """So does a kernel that is restarted. What draws the run's last chart is waited for, too: cut off, it would abort the process. Who is
+    told of the run hears of its last checkpoint.
+    """
+    server, hook = Server(delay=0.5), {"webhook_type": "raw", "callback_url": "$MY_HOOK"}
     config = tmp_path / "run.yaml"
-    bench.config(**{**PLAIN, "max_train_steps": 100_000, "mirror_to": str(tmp_path / "away")}).save(config)
+    bench.config(**{**PLAIN, "max_train_steps": 100_000, "mirror_to": str(tmp_path / "away"), "webhook_config": hook}).save(config)
     script = tmp_path / "panel.py"
     script.write_text(
-        PANEL_RUN.partition("while True:")[0] + "from sd3tune import live\n"
-        "live.thread(run, 'late', lambda: run.wait() and time.sleep(0.5) or print('drawn when', run.snapshot.state))\n"
+        PANEL_RUN.partition("while True:")[0].replace(
+            "run.start()\n",
+            "run.start()\nfrom sd3tune import live\n"
+            "live.thread(run, 'late', lambda: run.wait() and time.sleep(0.5) or print('drawn when', run.snapshot.state))\n",
+        )
     )
-    ended = subprocess.run([sys.executable, script, config, bench.datasets], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MY_HOOK": server.url}
+    ended = subprocess.run([sys.executable, script, config, bench.datasets], env=environment, capture_output=True, text=True, check=False)
+    server.close()
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "drawn when stopped" in ended.stdout
     opened = st.open_run(Path(ended.stdout.split("folder ", 1)[1].splitlines()[0]))
     steps = [row["step"] for row in opened.history if row["type"] == "step"]
     assert [kept.step for kept in opened.checkpoints] == [steps[-1]]
     assert opened.commands[-1].name == "stop"
+    assert server.of("training.checkpoint")[-1]["data"]["path"].endswith(f"step-{steps[-1]:06d}")
     assert any(row.get("text", "").startswith(f"step {steps[-1]} is whole at {tmp_path / 'away'}") for row in opened.history)
     assert (opened.path / f"lora-step-{steps[-1]:06d}.safetensors").is_file()
 

@@ -154,8 +154,8 @@ class RunPanel(Panel):
     def code(self) -> str:
         """The Python that does this run again, with every change made on the way."""
         now = self.runner.snapshot
-        if now.began_at:
-            return f"import sd3tune as st\n\nst.replay({now.folder!r})  # it was resumed: its history holds all that was changed\n"
+        if now.began_at or not now.own:
+            return f"import sd3tune as st\n\nst.replay({now.folder!r})  # its history holds all that was changed\n"
         if now.steering and now.began_with:
             return codes.run_code(now.began_with, now.steering, codes.source_of(now.folder) or self._data)
         return codes.run_code(self.config, data=self._data)

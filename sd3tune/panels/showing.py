@@ -119,9 +119,10 @@ def spoken(now: Snapshot) -> str:
 
 
 def changes(now: Snapshot) -> str:
-    """What was changed by hand, as lines under the curves."""
+    """What was changed, as lines under the curves; what lies before, or in another process, may have been the guard."""
+    who = "changed by you" if now.own and not now.began_at else "changed on the way"
     rows = [f"step {step}: {text}" for step, text in now.changes[-6:]]
-    return f'<div style="{SMALL}">changed by you: {"; ".join(escape(row) for row in rows)}</div>' if rows else ""
+    return f'<div style="{SMALL}">{who}: {"; ".join(escape(row) for row in rows)}</div>' if rows else ""
 
 
 def previews(now: Snapshot) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.files import explained
-from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord, StepRecord
+from sd3tune.records import CheckpointRecord, CommandRecord, FailureRecord, Record, SegmentRecord, StepRecord
 
 
 class History:
@@ -123,6 +123,12 @@ def finished(lines: list[dict[str, Any]], adapter: str, planned: int) -> bool:
     """
     step = reached(lines)
     return written_at(lines, adapter) == step and step >= length_of(lines, planned)
+
+
+def failure(lines: list[dict[str, Any]]) -> str:
+    """The error that a run ended by, if nothing was done since."""
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if line["type"] in (StepRecord.type, SegmentRecord.type, FailureRecord.type)), {})
+    return str(last["text"]) if last.get("type") == FailureRecord.type else ""
 
 
 def reached(lines: list[dict[str, Any]]) -> int:

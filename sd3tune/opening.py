@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sd3tune import charts
 from sd3tune.config.schema import RunConfig
 from sd3tune.curves import curve_of
-from sd3tune.history import accepted, finished, follow_segments, length_of, reached, read_lines
+from sd3tune.history import accepted, failure, finished, follow_segments, length_of, reached, read_lines
 from sd3tune.keeping import best_of
 from sd3tune.locking import Holder, holder
 from sd3tune.records import CommandRecord, EvalRecord, Record, of_row
@@ -160,7 +160,9 @@ class OpenedRun(Shown):
             return f"finished after {self.step} updates{gone}"
         if self.status == "lost":
             return f"ended without saying why, at {at} ({self.holder} is gone); {newest}"
-        return f"stopped at {at}; {newest}" if self.status == "stopped" else "prepared, and not begun"
+        failed = failure(list(self.history))
+        by = f" by {failed}" if failed else ""
+        return f"stopped at {at}{by}; {newest}" if self.status == "stopped" else "prepared, and not begun"
 
     def refresh(self) -> OpenedRun:
         """The folder as it is now."""

@@ -227,12 +227,20 @@ class SegmentRecord(Record):
     """The updates' batches that are left out from here on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FailureRecord(Record):
+    """The run ended before it was done, by an error."""
+
+    type: ClassVar[str] = "failure"
+    text: str
+
+
 KINDS: dict[str, type[Record]] = {
     kind.type: kind
     for kind in (
         CacheRecord, StepRecord, EvalRecord, PreviewRecord, ImageRecord, ScoreRecord, CheckpointRecord,
         CommandRecord, NoticeRecord, WaitRecord,
-        SegmentRecord,
+        SegmentRecord, FailureRecord,
     )
 }  # fmt: skip
 """Every kind by its ``type``."""

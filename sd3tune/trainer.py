@@ -28,10 +28,21 @@ from sd3tune.manifest import Manifest
 from sd3tune.models import components, encoders, memory
 from sd3tune.models.lora_layouts import Layout
 from sd3tune.processes import Processes, join
-from sd3tune.records import CheckpointRecord, CommandRecord, EvalRecord, NoticeRecord, PreviewRecord, Record, StepRecord, WaitRecord
+from sd3tune.records import (
+    CheckpointRecord,
+    CommandRecord,
+    EvalRecord,
+    FailureRecord,
+    NoticeRecord,
+    PreviewRecord,
+    Record,
+    StepRecord,
+    WaitRecord,
+)
 from sd3tune.reporting import Reporters, require
 from sd3tune.run_folder import RunFolder, log_level
 from sd3tune.saving import Saver
+from sd3tune.secrets import without_secrets
 from sd3tune.training.guard import GuardError, Refusal
 from sd3tune.training.peak import total_memory
 from sd3tune.validation.grids import Grid
@@ -206,8 +217,12 @@ class Trainer:
             self.processes.told(order)
 
     def _report(self, error: BaseException) -> None:
-        """Write the report of a run that this error ends, unless its folder is another process's by now."""
+        """Write down what ended a run, and its report, unless its folder is another process's by now."""
         if self.processes.main and self._saver.mine:
+            if not isinstance(error, KeyboardInterrupt):
+                words = without_secrets(f"{type(error).__name__}: {error}".partition("\n")[0])
+                with suppress(FileError):
+                    self._saver.tell(FailureRecord(step=self.steps_done, text=words))
             for said in self._reporters.report(self.steps_done):
                 error.add_note(said.text)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd3tune.errors import TrainingError
 from sd3tune.files import write_text
-from sd3tune.history import follow_segments, length_of, reached, rows_of
+from sd3tune.history import failure, follow_segments, length_of, reached, rows_of
 from sd3tune.locking import holder
 from sd3tune.records import Record, SegmentRecord, StepRecord, of_row
 from sd3tune.run_folder import RunFolder
@@ -92,7 +92,7 @@ class Written:
             write_text(self.folder.path / "STOP", "")
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for its end. Raises: TrainingError when it ended without a word; TimeoutError."""
+        """Wait for its end. Raises: TrainingError when it failed, or ended without a word; TimeoutError."""
         began = time.monotonic()
         while self.running:
             if timeout is not None and time.monotonic() - began > timeout:
@@ -100,6 +100,8 @@ class Written:
             time.sleep(POLL)
         if self.folder and (left := holder(self.folder.lock)):
             raise TrainingError(f"{self.folder.path}: {left} is gone without a word; its newest checkpoint can be gone on with")
+        if self.folder and (said := failure(self.folder.read_history())):
+            raise TrainingError(f"{self.folder.path} ended by {said}")
 
     def _written(self) -> list[dict[str, Any]]:
         """Whole lines of the history that are new, as they were written."""

@@ -243,6 +243,32 @@ def test_a_run_that_goes_back_goes_back_on_its_second_screen(tmp_path: Path) -> 
     assert dataclasses.replace(read, **changes) == dataclasses.replace(read, went_back=1), "the history lacks those lines already"
 
 
+def test_a_run_that_fails_has_failed_here(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its history says by what, without tokens, as long as nobody has gone on with it; an interrupt is none."""
+    trainer = bench.trainer(**{**LONG, "max_train_steps": 4})
+    list(trainer.run(2))
+    velocity = trainer.engine.velocity
+
+    def fails(error: BaseException) -> None:
+        def failing(*_: Any) -> Any:
+            raise error
+
+        trainer.engine.velocity = failing
+        with pytest.raises(type(error)):
+            list(trainer.run())
+        trainer.engine.velocity = velocity
+
+    fails(KeyboardInterrupt())
+    assert st.open_run(trainer.folder.path).state.startswith("stopped at step 2 of 4; newest")
+    fails(RuntimeError("hf_abcdefghi is no good\nhere and there"))
+    assert st.open_run(trainer.folder.path).state.startswith("stopped at step 2 of 4 by RuntimeError: *** is no good; newest")
+    with pytest.raises(st.TrainingError, match=r"ended by RuntimeError: \*\*\* is no good$"):
+        list(Written(trainer.folder).run())
+    list(trainer.run())
+    assert st.open_run(trainer.folder.path).state == "finished after 4 updates"
+    assert [record.type for record in Written(trainer.folder).run()][-1] != "failure"
+
+
 def test_a_file_that_stops_a_run_of_this_kernel_stops_it_and_does_not_finish_it(bench: Workbench) -> None:
     trainer = bench.trainer(**LONG)
     runner = Runner(trainer)

@@ -31,6 +31,7 @@ from sd3tune.records import (
     CheckpointRecord,
     CommandRecord,
     EvalRecord,
+    FailureRecord,
     ImageRecord,
     NoticeRecord,
     PreviewRecord,
@@ -40,7 +41,7 @@ from sd3tune.records import (
     StepRecord,
 )
 from sd3tune.reporting.cleaning import without_places, without_secrets
-from sd3tune.reporting.events import Events, FailureRecord
+from sd3tune.reporting.events import Events
 from sd3tune.reporting.tail import Patience, Tail, _close
 from sd3tune.reporting.webhooks import PATIENCE, Webhook
 from sd3tune.run_folder import RunFolder

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -20,6 +20,7 @@ from sd3tune.records import (
     CheckpointRecord,
     CommandRecord,
     EvalRecord,
+    FailureRecord,
     ImageRecord,
     NoticeRecord,
     PreviewRecord,
@@ -30,14 +31,6 @@ from sd3tune.records import (
 )
 from sd3tune.reporting.cleaning import shareable, without_places
 from sd3tune.run_folder import RunFolder
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailureRecord(Record):
-    """The run ended before it was done; known to consumers only."""
-
-    type: ClassVar[str] = "failure"
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from sd3tune.config.hooks import hooks_of
 from sd3tune.config.schema import RunConfig
 from sd3tune.data.planning import Plan
 from sd3tune.listing import as_set
-from sd3tune.records import NoticeRecord, Record, WaitRecord
-from sd3tune.reporting.events import Events, FailureRecord
+from sd3tune.records import FailureRecord, NoticeRecord, Record, WaitRecord
+from sd3tune.reporting.events import Events
 from sd3tune.reporting.page import write_report
 from sd3tune.reporting.publishing import PAUSES, Publisher, default_api, open_repository, write_card
 from sd3tune.reporting.tail import Patience, Tail, explained

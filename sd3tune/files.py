@@ -8,10 +8,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from sd3tune.errors import FileError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space, or choose another place with run.output_dir or run.cache_dir",
@@ -145,3 +150,13 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def in_background(pool: ThreadPoolExecutor, work: Callable[P, T], *given: P.args, **named: P.kwargs) -> Future[T]:
+    """Work for a thread of a pool; done at once where Python is being taken down and lends no thread any more."""
+    try:
+        return pool.submit(work, *given, **named)
+    except RuntimeError:
+        done: Future[T] = Future()
+        done.set_result(work(*given, **named))
+        return done

@@ -15,7 +15,7 @@ from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.files import write_text
 from sd3tune.launching import launch
 from sd3tune.listing import as_set
-from sd3tune.records import CheckpointRecord, CommandRecord, Record, WaitRecord, of_row
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord, WaitRecord, of_row
 from sd3tune.run_folder import RunFolder
 from sd3tune.written import POLL, Written
 
@@ -60,10 +60,10 @@ class Followed:
         """Whether the run has all its updates."""
         return self.steps_done >= self.total
 
-    def run(self) -> Iterator[Record]:
+    def run(self) -> Generator[Record, None, None]:
         """The records as they are written, and a `WaitRecord` while there is none, so that it can be steered then, too."""
         for record in self._written.pulse():
-            if isinstance(record, CommandRecord) and record.name == "set":  # taken or refused, whoever asked for it
+            if isinstance(record, SegmentRecord) or (isinstance(record, CommandRecord) and record.name == "set"):  # whoever asked for it
                 self.config = as_set(self.folder)
             yield record or WaitRecord(step=self.steps_done, why="")
 
@@ -99,8 +99,10 @@ class Followed:
         elif name == "stop":
             self._written.stop()
             (self.folder.path / "PAUSE").unlink(missing_ok=True)
-            self._written.wait()
-            (self.folder.path / "STOP").unlink(missing_ok=True)  # where it came too late
+            try:
+                self._written.wait()
+            finally:
+                (self.folder.path / "STOP").unlink(missing_ok=True)  # where it came too late
         return CommandRecord(step=self.steps_done, name=name)
 
     def check(self, config: RunConfig) -> None:

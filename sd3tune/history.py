@@ -125,9 +125,13 @@ def finished(lines: list[dict[str, Any]], adapter: str, planned: int) -> bool:
     return written_at(lines, adapter) == step and step >= length_of(lines, planned)
 
 
+ENDS = (StepRecord.type, SegmentRecord.type, CheckpointRecord.type, FailureRecord.type)
+"""Of these kinds of lines the last one says whether an error was the end."""
+
+
 def failure(lines: list[dict[str, Any]]) -> str:
-    """The error that a run ended by, if nothing was done since."""
-    last: Mapping[str, Any] = next((line for line in reversed(lines) if line["type"] in (StepRecord.type, SegmentRecord.type, FailureRecord.type)), {})
+    """The error that a run ended by, if nothing was done or saved since."""
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if line["type"] in ENDS), {})
     return str(last["text"]) if last.get("type") == FailureRecord.type else ""
 
 

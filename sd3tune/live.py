@@ -23,7 +23,7 @@ _THREADS: WeakKeyDictionary[threading.Thread, Runner] = WeakKeyDictionary()
 _REGISTER, _ENDING = threading.RLock(), threading.Event()
 
 LEAVE = 1.0
-"""Seconds that a thread has to leave a run of another process when Python ends."""
+"""Seconds that each thread of another process's run has to end when Python does; what it is at then may be cut off."""
 
 
 def ending() -> bool:
@@ -74,7 +74,7 @@ def saved_first() -> None:
 def _save_all() -> None:
     going_on = [runner for runner in list(_LIVE.values()) if runner.snapshot.live and runner.snapshot.own]
     for runner in going_on:
-        runner.send("stop")
+        runner.send("stop", ours=True)
     for runner in going_on:
         with suppress(Sd3TuneError):  # it has ended by itself, and the run folder says how
             runner.wait()

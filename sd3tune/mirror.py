@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3tune.errors import ConfigError, FileError
-from sd3tune.files import digest_of, write_bytes, write_text
+from sd3tune.files import digest_of, in_background, write_bytes, write_text
 from sd3tune.shown import duration, size_in_words
 
 
@@ -39,13 +39,7 @@ class Mirror:
 
     def copy(self, what: str, paths: Sequence[Path], keep: Sequence[str] = ()) -> None:
         """Copy files in the order given, read them back, then remove checkpoints that are not in ``keep`` any more."""
-        given = what, list(paths), list(keep)
-        try:
-            job = self._pool.submit(self._copied, *given)
-        except RuntimeError:  # Python is being taken down, and lends no thread any more
-            job = Future()
-            job.set_result(self._copied(*given))
-        self._jobs.append(job)
+        self._jobs.append(in_background(self._pool, self._copied, what, list(paths), list(keep)))
 
     def news(self, *, wait: bool = False) -> list[str]:
         """What has become of the copies since the last call; with ``wait``, of all of them."""

@@ -17,7 +17,7 @@ from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
 from sd3tune.inbox import Command, Inbox
 from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, SegmentRecord, StepRecord
-from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, in_words, kept, reached
+from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, begins_anew, in_words, kept, reached
 
 if TYPE_CHECKING:
     from sd3tune.records import Record
@@ -141,8 +141,7 @@ class Runner:
             try:
                 self._take(next(made))
             except StopIteration as end:
-                trainer: Trainer = end.value
-                return trainer
+                return end.value  # type: ignore[no-any-return]
             if any(command.name == "stop" for command in self._inbox.look()):
                 made.close()
                 return None
@@ -160,14 +159,18 @@ class Runner:
         if self._snapshot.state == "preparing":
             self._put(state="training")
         records = trainer.run()
-        while self._snapshot.state != "stopping":
-            record = next(records, None)
-            if record is None:
-                return "finished" if trainer.done else "stopped"
-            self._take(record)
-            state = "paused" if trainer.held else "validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training"
-            self._put(state=state, total_steps=trainer.total, config=trainer.config)
-            self._obey(trainer)
+        try:
+            while self._snapshot.state != "stopping":
+                record = next(records, None)
+                if record is None:
+                    return "finished" if trainer.done else "stopped"
+                self._take(record)
+                state = "paused" if trainer.held else "validating" if isinstance(record, (PreviewRecord, ImageRecord)) else "training"
+                self._put(state=state, total_steps=trainer.total, config=trainer.config)
+                self._obey(trainer)
+        except BaseException as error:
+            records.throw(error)  # one of a command: the run saves itself, as after one of its own
+            raise
         return "finished" if trainer.done and not trainer.own else "stopped"
 
     def _obey(self, trainer: Trainer) -> None:
@@ -210,10 +213,11 @@ class Runner:
             self._rewind(trainer, **command.values)
         elif name == "stop":
             self._put(state="stopping", message="saving")
-            self._save(trainer)
-            trainer.note(name)
-            for record in trainer.parting():
-                self._take(record)
+            if trainer.own or not command.values.get("ours"):  # `live` means those that end with this process
+                self._save(trainer)
+                trainer.note(name)
+                for record in trainer.parting():
+                    self._take(record)
         else:
             trainer.note(name)
             self._note(f"{name.replace('_', ' ')}, by you")
@@ -230,7 +234,7 @@ class Runner:
 
     def _rewind(self, trainer: Trainer, step: int) -> None:
         self._take(trainer.rewind(step))
-        steering = kept(self._snapshot.steering, step, trainer.config)
+        steering = kept(self._snapshot.steering, step, trainer.config.leaves())
         self._put(step=trainer.steps_done, total_steps=trainer.total, config=trainer.config, refused="", steering=steering)
         self._note(f"back to step {trainer.steps_done}, by you; what was left is a checkpoint that stays")
 
@@ -247,9 +251,8 @@ class Runner:
             self._refuse(command, record.refused)
             return
         self._note(f"{in_words(command.values)}, by you")
-        self._put(config=trainer.config, total_steps=trainer.total, refused="")
-        if trainer.own:  # what another process takes over is a record of it
-            self._put(steering=(*self._snapshot.steering, (trainer.steps_done, dict(command.values))))
+        new = [(trainer.steps_done, dict(command.values))] if trainer.own else []  # what another process takes over is a record of it
+        self._put(config=trainer.config, total_steps=trainer.total, refused="", steering=(*self._snapshot.steering, *new))
 
     def _save(self, trainer: Trainer) -> None:
         self._note(f"checkpoint {trainer.checkpoint().path}")
@@ -272,7 +275,7 @@ class Runner:
         """Put a record into the snapshot."""
         if isinstance(record, StepRecord):
             self._put(**self._gauges.take(record))
-        if isinstance(record, SegmentRecord) and self._snapshot.state != "preparing":
+        if isinstance(record, SegmentRecord) and begins_anew(self._snapshot, record):
             self._gauges = Gauges(self._gauges.began)
         changes, text = after(self._snapshot, record)
         self._put(**changes)
@@ -280,8 +283,7 @@ class Runner:
             self._note(text)
 
     def _refuse(self, command: Command, why: str = "") -> None:
-        why = why or f"not possible while the run is {self._snapshot.state}"
-        text = f"{command.name.replace('_', ' ')}: {why}"
+        text = f"{command.name.replace('_', ' ')}: " + (why or f"not possible while the run is {self._snapshot.state}")
         self._note(text)
         self._put(refused=text, refusals=self._snapshot.refusals + 1)
 

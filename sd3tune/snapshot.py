@@ -20,6 +20,7 @@ from sd3tune.records import (
     ScoreRecord,
     SegmentRecord,
     StepRecord,
+    WaitRecord,
 )
 
 if TYPE_CHECKING:
@@ -127,10 +128,9 @@ def in_words(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} = {value}" for name, value in settings.items())
 
 
-def kept(steering: Sequence[tuple[int, dict[str, Any]]], step: int, config: RunConfig) -> tuple[tuple[int, dict[str, Any]], ...]:
-    """What was changed by hand up to a checkpoint of ``step``, which holds ``config``: of changes after that very update, those in it."""
-    leaves = config.leaves()
-    return tuple((at, new) for at, new in steering if at < step or (at == step and all(leaves[name] == new[name] for name in new)))
+def kept(steering: Sequence[tuple[int, dict[str, Any]]], step: int, leaves: Mapping[str, Any]) -> tuple[tuple[int, dict[str, Any]], ...]:
+    """What was changed by hand up to a checkpoint of ``step`` with these settings: of changes after that very update, those in it."""
+    return tuple((at, new) for at, new in steering if at < step or (at == step and all(leaves.get(name) == new[name] for name in new)))
 
 
 BAND = 0.25
@@ -206,15 +206,24 @@ def after(now: Snapshot, record: Record) -> tuple[dict[str, Any], str]:
         if record.name == "set" and taken_up and isinstance(record.value, Mapping):
             return {"steering": (*now.steering, (record.step, dict(record.value)))}, ""
         return {"message": "paused where it runs"} if record.name == "pause" and not now.own else {}, ""
+    if isinstance(record, WaitRecord):
+        return {"message": record.why} if record.why else {}, ""
     return {}, record.text if isinstance(record, NoticeRecord) else ""
 
 
+def begins_anew(now: Snapshot, record: SegmentRecord) -> bool:
+    """Whether curves begin anew where a run goes back: of what is read of a history, all that this leaves behind is left out already."""
+    return now.state != "preparing" and (record.why == "rewind" or not now.own)
+
+
 def _back(now: Snapshot, record: SegmentRecord) -> dict[str, Any]:
-    """The run goes on from an earlier step; what was read of a history lacks the lines already that this leaves behind."""
+    """The run goes on from an earlier step."""
     again: dict[str, Any] = {"went_back": now.went_back + 1}
-    if now.state != "preparing":
+    if begins_anew(now, record):
         again |= {"verdict": "", "seconds_per_update": None, "loss": EMPTY, "rates": EMPTY, "grad_norms": EMPTY, "bands": ()}
         again |= {"step": record.from_step, "evals": tuple(one for one in now.evals if one[0] <= record.from_step)}
+    if not now.own:
+        again |= {"steering": kept(now.steering, record.from_step, record.live)}
     return again
 
 

@@ -136,7 +136,7 @@ class Trainer:
     own = True
     """Whether the run ends with this process (`following.Followed` stands for one that does not)."""
     held = False
-    """Whether somebody else has paused it."""
+    """A pause by a file is a `WaitRecord` of this run; of one that is only followed it is a state."""
 
     @property
     def done(self) -> bool:
@@ -155,7 +155,7 @@ class Trainer:
             self._tell(record)
         return record
 
-    def run(self, n: int | None = None) -> Iterator[Record]:
+    def run(self, n: int | None = None) -> Generator[Record, None, None]:
         """Do up to ``n`` updates (all that are left) and yield every record of what falls due on the way.
 
         Ctrl-C, SIGTERM, the guard and any error come through after the state was saved. Of several processes the main one decides

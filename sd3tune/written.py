@@ -80,7 +80,7 @@ class Written:
                 self.total = length_of([row], self.total)
                 if record is not None:
                     yield record
-            if gone == LOOKS:
+            if gone >= LOOKS and not self.running:
                 self.wait()
                 return
             time.sleep(POLL)
@@ -98,7 +98,7 @@ class Written:
             if timeout is not None and time.monotonic() - began > timeout:
                 raise TimeoutError(f"after {timeout:g} s the run still goes on")
             time.sleep(POLL)
-        if self.folder and (left := holder(self.folder.lock)):
+        if self.folder and (left := holder(self.folder.lock)) and not left.alive:
             raise TrainingError(f"{self.folder.path}: {left} is gone without a word; its newest checkpoint can be gone on with")
         if self.folder and (said := failure(self.folder.read_history())):
             raise TrainingError(f"{self.folder.path} ended by {said}")

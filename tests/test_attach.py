@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -148,9 +147,9 @@ def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsew
     script.write_text(
         "import sys\nimport sd3tune as st\nfrom sd3tune import panels\n"
         "panel = panels.TrainingPanel(st.RunConfig.load(sys.argv[1]), None)\n"
-        "panel.wait(60, until=lambda now: not now.own and now.step > 4)\nprint(panel.runner.snapshot.state)\n"
+        "panel.wait(120, until=lambda now: not now.own and now.step > 4)\nprint(panel.runner.snapshot.state)\n"
     )
-    looked = subprocess.run([sys.executable, script, tmp_path / "run.yaml"], capture_output=True, text=True, check=False, timeout=100)
+    looked = subprocess.run([sys.executable, script, tmp_path / "run.yaml"], capture_output=True, text=True, check=False, timeout=300)
     assert (looked.returncode, looked.stdout) == (0, "training\n"), looked.stderr
     step = there.rows("step")[-1]["step"]
     eventually(lambda: there.rows("step")[-1]["step"] > step + 2)
@@ -174,13 +173,24 @@ def test_it_goes_on_when_who_looked_at_it_is_gone(elsewhere: Callable[..., Elsew
 
 
 def test_a_run_that_ends_there_has_ended_here(
-    bench: Workbench, elsewhere: Callable[..., Elsewhere], capsys: pytest.CaptureFixture[str]
+    bench: Workbench, elsewhere: Callable[..., Elsewhere], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Finished is not stopped, whoever asked for it; a terminal sees the same, and says what a finished run is."""
+    monkeypatch.setattr("sd3tune.runner.BEAT", 0.1)
     there = elsewhere(max_train_steps=200)
-    run = ["attach", str(there.folder.path)]
+    (there.folder.path / "PAUSE").write_text("")
     panel = panels.TrainingPanel(there.config, None)
-    threading.Timer(0.5, lambda: (there.folder.path / "SET").write_text("learning_rate: 3e-4")).start()
+    panel.wait(PATIENCE, until="paused")
+    so_far = Written.so_far
+
+    def and_then(written: Written) -> list[dict[str, Any]]:
+        rows = so_far(written)
+        (there.folder.path / "SET").write_text("learning_rate: 3e-4")
+        (there.folder.path / "PAUSE").unlink()
+        return rows
+
+    run = ["attach", str(there.folder.path)]
+    monkeypatch.setattr(Written, "so_far", and_then)
     assert main(run) == 0
     said, bar = capsys.readouterr()
     assert "200/200" in bar, "of all updates, not of those that were seen"

@@ -355,8 +355,8 @@ def test_settings_that_contradict_each_other() -> None:
         st.presets.playground(
             **ON, scheduled_sampling_reflexflow=True, scheduled_sampling_reflexflow_beta1=0.0, scheduled_sampling_reflexflow_beta2=0.0
         )
-    with pytest.raises(ConfigError, match=r"start_step \(300\) is not before the end of the run \(max_train_steps = 300\).*lower it"):
-        st.presets.playground(**ON, scheduled_sampling_start_step=300)
+    with pytest.raises(ConfigError, match=r"start_step \(150\) is not before the end of the run \(max_train_steps = 150\).*lower it"):
+        st.presets.playground(**ON, scheduled_sampling_start_step=150)
     st.presets.playground(scheduled_sampling_start_step=300, scheduled_sampling_reflexflow_beta1=0.0)
 
 

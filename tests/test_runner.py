@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -504,3 +504,32 @@ def test_running_out_of_memory_is_told_apart(fake: FakeTrainer) -> None:
     with pytest.raises(TrainingError, match="OutOfMemoryError"):
         runner.wait(PATIENCE)
     assert runner.snapshot.out_of_memory
+
+
+def test_an_error_in_a_command_reaches_the_run_which_saves_itself(fake: FakeTrainer) -> None:
+    """Whatever it is, and before the runner says that it failed."""
+    saved: list[BaseException] = []
+    run = fake.run
+
+    def guarded() -> Generator[Record, None, None]:
+        try:
+            yield from run()
+        except RuntimeError as error:
+            saved.append(error)
+            raise
+
+    def no_thread(trainer: FakeTrainer) -> Iterator[Record]:
+        raise RuntimeError("cannot schedule new futures")
+        yield
+
+    fake.run = guarded  # type: ignore[method-assign]
+    fake.gates["update"].clear()
+    runner = Runner(fake)  # type: ignore[arg-type]
+    runner.start()
+    assert fake.reached["update"].wait(PATIENCE)
+    runner.send("look", work=no_thread)
+    fake.gates["update"].set()
+    with pytest.raises(TrainingError, match="cannot schedule new futures"):
+        runner.wait(PATIENCE)
+    assert [str(error) for error in saved] == ["cannot schedule new futures"]
+    assert runner.snapshot.state == "failed"

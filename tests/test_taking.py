@@ -15,6 +15,7 @@ from test_runner import PATIENCE, FakeTrainer, step_record
 from sd3tune import locking
 from sd3tune.config import presets
 from sd3tune.config.schema import RunConfig
+from sd3tune.errors import TrainingError
 from sd3tune.history import History
 from sd3tune.panels import TrainingPanel, taking
 from sd3tune.records import CheckpointRecord, EvalRecord
@@ -64,16 +65,18 @@ def panel_at(path: Path, made: list[RunConfig] | None = None) -> TrainingPanel:
     return TrainingPanel(presets.playground(output_dir=str(path)), None, make=make)  # type: ignore[arg-type]
 
 
-def test_a_run_of_another_living_process_is_named_before_a_second_one_is_begun(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
+def test_a_run_of_another_living_process_is_shown_until_that_ends(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
     folder = leave(tmp_path / "run", 6)
     hold(folder, other.pid)
     panel = panel_at(folder.path)
     said = panel.note.value.replace("&#x27;", "'")
     assert f"{folder.path}: still running in process {other.pid} on " in said
-    assert f"st.open_run('{folder.path}') shows it; Start begins another run beside it." in said
-    assert 'role="alert"' in said
-    assert panel.runner.snapshot.state == "idle"
-    assert [name for name, one in panel.buttons.items() if not one.disabled] == ["start"]
+    assert "It is shown and steered from here, and does not end with this notebook." in said
+    assert panel.buttons["start"].disabled
+    other.kill()
+    other.wait()
+    with pytest.raises(TrainingError, match=f"process {other.pid} .* is gone without a word"):
+        panel.wait(PATIENCE)
 
 
 def test_a_killed_kernels_run_is_shown_and_can_be_gone_on_with(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from sd3tune.cache.store import Entry, Store
+from sd3tune.files import in_background
 
 SHARD_BYTES = 64 * 2**20
 """A shard is written when it has so many bytes, or ``write_batch_size`` entries."""
@@ -30,7 +31,7 @@ class Writer:
         rows = self._waiting.pop(kind)
         if self._writing is not None:
             self._writing.result()
-        self._writing = self._pool.submit(self._store.write, kind, rows)
+        self._writing = in_background(self._pool, self._store.write, kind, rows)
 
     def __enter__(self) -> Writer:
         return self

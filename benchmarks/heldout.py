@@ -1,7 +1,7 @@
 """Does it learn the style, and are captions paired with their pictures?
 
 With each of 3 seeds: the loss on the 24 held-out pictures before and after the playground's preset, and after the same run
-with the training captions shuffled among the pictures. python benchmarks/heldout.py [--seeds 3] [--steps 300]
+with the training captions shuffled among the pictures. python benchmarks/heldout.py [--seeds 3] [--steps 150]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sd3tune import playground
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,7 @@ from sd3tune.errors import ConfigError, TrainingError
 from sd3tune.files import write_text
 from sd3tune.launching import launch
 from sd3tune.listing import as_set
-from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord, WaitRecord, of_row
+from sd3tune.records import CheckpointRecord, CommandRecord, Record, SegmentRecord, WaitRecord, records_of
 from sd3tune.run_folder import RunFolder
 from sd3tune.written import POLL, Written
 
@@ -121,8 +121,8 @@ class Followed:
         return self.held
 
     def parting(self) -> Iterator[Record]:
-        """What the run wrote before it ended, such as what has become of its copies."""
-        return self._written.run()
+        """What the run wrote before it ended, such as what has become of its copies; nothing while it goes on."""
+        return iter(()) if self._written.running else self._written.run()
 
     def checkpoint(self) -> CheckpointRecord:
         """Ask for a checkpoint before the next update."""
@@ -163,5 +163,5 @@ def in_processes(data: str | Path = "datasets.yaml", processes: int | None = Non
 def attached(folder: RunFolder) -> Generator[Record, None, Followed]:
     """A run that goes on in another process, whoever began it: what it has written so far, then what stands for its trainer."""
     written = Written(folder)
-    yield from (record for row in written.so_far() if (record := of_row(row)) is not None)
+    yield from records_of(written.so_far())
     return Followed(written)

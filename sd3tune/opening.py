@@ -17,7 +17,7 @@ from sd3tune.curves import curve_of
 from sd3tune.history import accepted, failure, finished, follow_segments, length_of, reached, read_lines
 from sd3tune.keeping import best_of
 from sd3tune.locking import Holder, holder
-from sd3tune.records import CommandRecord, EvalRecord, Record, of_row
+from sd3tune.records import CommandRecord, EvalRecord, Record, records_of
 from sd3tune.run_folder import PINNED, RunFolder, latest_step, picture_folders, step_of
 from sd3tune.shown import Shown, duration
 
@@ -95,7 +95,7 @@ class OpenedRun(Shown):
     @property
     def records(self) -> tuple[Record, ...]:
         """The history as records; lines of other versions that lack something are left out."""
-        return tuple(made for row in self.history if (made := of_row(row)) is not None)
+        return tuple(records_of(self.history))
 
     @property
     def evals(self) -> tuple[EvalRecord, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -258,3 +258,8 @@ def of_row(row: Mapping[str, Any]) -> Record | None:
         return None
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items() if name in names}
     return kind(**values)
+
+
+def records_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """The records of a history's lines; those of other versions are left out."""
+    return (record for row in rows if (record := of_row(row)) is not None)

@@ -17,6 +17,24 @@ WARM = (
 )  # fmt: skip
 """Nothing of sd3tune: a process that must not know it does not."""
 
+KERNEL = """
+import sys, time
+import sd3tune as st
+from sd3tune.runner import Runner
+config = st.RunConfig.load(sys.argv[1])
+cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
+run = Runner(lambda: st.Trainer(config, cache))
+run.start()
+run.wait(until=lambda now: now.step >= 3)
+print("folder", run.snapshot.folder, flush=True)
+while run.snapshot.live:
+    time.sleep(0.05)
+print("ended", run.snapshot.state, flush=True)
+while True:
+    time.sleep(0.05)
+"""
+"""A program of a run file and its data: a kernel whose main thread is idle while a run goes on, and afterwards."""
+
 CONTEXT = multiprocessing.get_context("forkserver")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Workbench
-from fresh import Fresh
+from fresh import KERNEL, Fresh
 from test_runner import FakeTrainer, step_record
 
 import sd3tune as st
@@ -30,24 +30,6 @@ PATIENCE = 120
 LONG: dict[str, Any] = {"max_train_steps": 100_000, "checkpoint_step_interval": 1000, "validation_prompt": (), "num_eval_images": 2}
 LONG |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
 
-RUN = """
-import sys, time
-import sd3tune as st
-from sd3tune.runner import Runner
-from sd3tune.written import Written
-config = st.RunConfig.load(sys.argv[1])
-cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
-run = Runner(lambda: st.Trainer(config, cache))
-run.start()
-run.wait(until=lambda now: now.step >= 3)
-print("folder", run.snapshot.folder, flush=True)
-while run.snapshot.live:
-    time.sleep(0.05)
-print("ended", run.snapshot.state, flush=True)
-while True:
-    time.sleep(0.05)
-"""
-
 
 class Elsewhere:
     """A kernel whose main thread is idle while its run goes on."""
@@ -55,7 +37,7 @@ class Elsewhere:
     def __init__(self, bench: Workbench, root: Path, **settings: Any) -> None:
         self.config = bench.config(**{**LONG, **settings}, output_dir=str(root / "runs" / "there"))
         self.config.save(root / "run.yaml")
-        (root / "kernel.py").write_text(RUN)
+        (root / "kernel.py").write_text(KERNEL)
         self.process = Fresh([str(root / "kernel.py"), str(root / "run.yaml"), str(bench.datasets)], root / "said")
         self.process.until("folder ")
         self.folder = RunFolder(root / "runs" / "there")
@@ -253,7 +235,7 @@ def test_a_run_that_goes_back_goes_back_on_its_second_screen(tmp_path: Path) -> 
     assert dataclasses.replace(read, **changes) == dataclasses.replace(read, went_back=1), "the history lacks those lines already"
 
 
-def test_a_run_that_fails_has_failed_here(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_has_failed_here(bench: Workbench) -> None:
     """Its history says by what, without tokens, as long as nobody has gone on with it; an interrupt is none."""
     trainer = bench.trainer(**{**LONG, "max_train_steps": 4})
     list(trainer.run(2))

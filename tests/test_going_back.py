@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Workbench
-from fresh import Fresh
+from fresh import KERNEL, Fresh
 from test_keeping import PLAIN, drive, steps_of
 from test_trainer import same_state, updates
 from test_webhooks import Server
@@ -257,27 +257,12 @@ def test_a_stopped_run_says_when_the_machine_may_go_away(bench: Workbench, tmp_p
     assert last["text"].endswith("this machine may go away")
 
 
-PANEL_RUN = """
-import sys, time
-import sd3tune as st
-from sd3tune.runner import Runner
-config = st.RunConfig.load(sys.argv[1])
-cache = st.CacheBuilder(st.plan(st.discover(sys.argv[2]), config), st.encoders(config)).build()
-run = Runner(lambda: st.Trainer(config, cache))
-run.start()
-run.wait(until=lambda now: now.step >= 2)
-print("folder", run.snapshot.folder, flush=True)
-while True:
-    time.sleep(0.05)
-"""
-
-
 def test_sigterm_saves_the_run_of_a_panel(bench: Workbench, tmp_path: Path) -> None:
     """The main thread is idle, as a kernel's is; the worker's run is saved, and the process ends by the signal."""
     config = tmp_path / "run.yaml"
     bench.config(**{**PLAIN, "max_train_steps": 100_000}).save(config)
     script = tmp_path / "panel.py"
-    script.write_text(PANEL_RUN)
+    script.write_text(KERNEL)
     process = Fresh([str(script), str(config), str(bench.datasets)], tmp_path / "said")
     process.until("folder ")
     process.signal(signal.SIGTERM)
@@ -299,7 +284,7 @@ def test_a_script_that_is_through_saves_the_run_of_a_panel(bench: Workbench, tmp
     bench.config(**{**PLAIN, "max_train_steps": 100_000, "mirror_to": str(tmp_path / "away"), "webhook_config": hook}).save(config)
     script = tmp_path / "panel.py"
     script.write_text(
-        PANEL_RUN.partition("while True:")[0].replace(
+        KERNEL.partition("while ")[0].replace(
             "run.start()\n",
             "run.start()\nfrom sd3tune import live\n"
             "live.thread(run, 'late', lambda: run.wait() and time.sleep(0.5) or print('drawn when', run.snapshot.state))\n",

@@ -142,6 +142,22 @@ def take(one: Tail, records: list[Record]) -> float:
 # --- what is said ------------------------------------------------------------------------------------------------------
 
 
+def test_where_python_starts_no_thread_any_more_nothing_is_waited_for(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 is so at its end; what is lost is told."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    one = tail(folder, Hook("raw", "http://127.0.0.1:9/hook"))
+    one.take(step(1))
+    began = time.monotonic()
+    one.close()
+    assert time.monotonic() - began < 1.0
+    assert one.ended
+    assert any("was not delivered (there was no time left)" in said for said in one.news())
+
+
 def test_a_raw_webhook_is_told_everything_in_order(folder: RunFolder, serve: Callable[..., Server]) -> None:
     """Types, stages and numbers of each record; the picture byte by byte; the token as a header; the run's folder nowhere."""
     server = serve()

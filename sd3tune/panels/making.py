@@ -36,12 +36,11 @@ def prepared(config: RunConfig, data: str | Path) -> Generator[Record, None, Tra
 
 def resumed(folder: str, cache: Cache | None, changes: dict[str, Any]) -> Generator[Record, None, Trainer]:
     """The trainer of a run that goes on, after the records of what it has done so far; called in the worker."""
-    from sd3tune.records import of_row
+    from sd3tune.records import records_of
     from sd3tune.run_folder import RunFolder, latest_step
     from sd3tune.trainer import Trainer
 
     there = RunFolder(Path(folder))
     newest = latest_step(there.checkpoint_folder) or 0
-    rows = [row for row in there.read_history() if row["step"] <= newest]
-    yield from (record for row in rows if (record := of_row(row)) is not None)
+    yield from records_of(row for row in there.read_history() if row["step"] <= newest)
     return Trainer.resume(folder, cache, **changes)

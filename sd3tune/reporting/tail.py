@@ -127,10 +127,7 @@ class Tail:
         """Whether everything is done; after the limit, what is not done is given up and told."""
         with self._changed:
             if not self._finished and self._deadline is not None and time.monotonic() > self._deadline + GRACE:
-                for record in (*([self._sending] if self._sending else ()), *self._waiting):
-                    self._lose(record, "there was no time left")
-                self._waiting.clear()
-                self._sending, self._finished = None, True
+                self._give_up()
             return self._finished
 
     def close(self, limit: float | None = None) -> None:
@@ -138,6 +135,13 @@ class Tail:
         self.stop()
         with self._changed:
             self._changed.wait_for(lambda: self._finished, (self._patience.limit if limit is None else limit) + GRACE)
+
+    def _give_up(self) -> None:
+        """Tell what is not done, and be done."""
+        for record in (*([self._sending] if self._sending else ()), *self._waiting):
+            self._lose(record, "there was no time left")
+        self._waiting.clear()
+        self._sending, self._finished = None, True
 
     # --- the queue -------------------------------------------------------------------------------------------------------
 
@@ -151,8 +155,8 @@ class Tail:
             try:
                 self._thread.start()
             except RuntimeError:  # Python is being taken down, and starts no thread any more
-                self._waiting.clear()
-                self._thread, self._finished, self._deadline = None, True, time.monotonic()
+                self._thread, self._deadline = None, time.monotonic()
+                self._give_up()
         self._changed.notify_all()
 
     def _make_room(self) -> None:

@@ -16,11 +16,10 @@ from sd3tune import live
 from sd3tune.errors import ConfigError, Sd3TuneError, TrainingError
 from sd3tune.failing import Failure
 from sd3tune.inbox import Command, Inbox
-from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, SegmentRecord, StepRecord
+from sd3tune.records import CacheRecord, ImageRecord, PreviewRecord, Record, SegmentRecord, StepRecord
 from sd3tune.snapshot import LEGAL, Gauges, Snapshot, Until, after, begins_anew, in_words, kept, reached
 
 if TYPE_CHECKING:
-    from sd3tune.records import Record
     from sd3tune.trainer import Trainer
 
     Made: TypeAlias = Trainer | Generator[Record, None, Any]
@@ -58,9 +57,12 @@ class Runner:
         """The run as it is now."""
         return self._snapshot
 
-    def start(self) -> None:
-        """Start the worker: the same as ``send("start")``."""
-        self.send("start")
+    def start(self, **settings: Any) -> None:
+        """Start the worker, and tell it of settings before its first update."""
+        with self._changed:  # without which the worker can say nothing, and so not begin
+            self.send("start")
+            if settings:
+                self.send("set", **settings)
 
     def send(self, name: str, **values: Any) -> None:
         """Ask for something; returns at once. The worker obeys between two records, or the log says why not."""
@@ -239,10 +241,9 @@ class Runner:
         self._note(f"back to step {trainer.steps_done}, by you; what was left is a checkpoint that stays")
 
     def _set(self, command: Command, trainer: Trainer) -> None:
-        try:
+        missing = list[str]()
+        with suppress(ConfigError):  # what is wrong with it is said below
             missing = trainer.unread(command.values)
-        except ConfigError:
-            missing = []  # what is wrong with it is said below
         for record in trainer.encode(missing) if missing else ():
             self._take(record)
         self._put(message="")
@@ -256,8 +257,7 @@ class Runner:
 
     def _save(self, trainer: Trainer) -> None:
         self._note(f"checkpoint {trainer.checkpoint().path}")
-        path = trainer.folder.path / f"lora-step-{trainer.steps_done:06d}.safetensors"
-        if trainer.save(path):
+        if trainer.save(path := trainer.folder.path / f"lora-step-{trainer.steps_done:06d}.safetensors"):
             self._note(f"adapter saved to {path}")
 
     def _validate(self, trainer: Trainer) -> None:

@@ -167,9 +167,7 @@ class RunPanel(Panel):
             return
         if not self.runner.snapshot.live:
             self.runner, self._told = Runner.attach(self._key, make), 0
-        self.runner.start()
-        if settings:
-            self.runner.send("set", **settings)
+        self.runner.start(**(settings or {}))
         self._show_record("")
         self._follow()
 
